@@ -1,0 +1,1 @@
+"""The command line: parse words, call a story, draw the result."""

@@ -1,0 +1,1 @@
+"""The base model: check, load, quantise, adapt, merge, compare."""

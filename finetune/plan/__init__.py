@@ -1,0 +1,1 @@
+"""What the hardware can do, decided before anything is loaded."""

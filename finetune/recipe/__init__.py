@@ -1,0 +1,1 @@
+"""A recipe: strict YAML becomes frozen sections that know where each value came from."""

@@ -1,0 +1,33 @@
+"""What every section of a recipe is: frozen, strict, and aware of which of its keys were read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+
+class Section(BaseModel):
+    """A frozen group of recipe keys that records which of them were read.
+
+    Reading `options.learning_rate` anywhere marks the key as read. A key that the user set and that nothing read by
+    the end of a run is our defect, and `Recipe.unread()` finds it.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    _reads: set[str] = PrivateAttr(default_factory=set)
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in type(self).__pydantic_fields__:
+            private = super().__getattribute__("__pydantic_private__")
+            if private is not None:
+                private["_reads"].add(name)
+        return value
+
+    def reads(self) -> frozenset[str]:
+        """The keys of this section that were read since it was made."""
+        return frozenset(self._reads)

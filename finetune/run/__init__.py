@@ -1,0 +1,1 @@
+"""One run: its folder, arguments, ranks, checkpoints, callbacks and record."""
