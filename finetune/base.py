@@ -308,7 +308,7 @@ def convert(base: Base, gguf: Path, folder: Path) -> None:
     config.__dict__.pop("_model_name_or_path", None)
     config.__dict__.pop("unk_token_id", None)
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     if base.individual_digits:
@@ -364,6 +364,6 @@ The weights of [{base.model}](https://huggingface.co/{base.model}), in bfloat16,
   chat template and architecture are those the file states.
 - **Licence:** {base.licence}, as the original authors chose; the text stands in LICENSE.
 
-manifest.json lists every file with its size and SHA-256. Written by `finetune base {base.name}`; the same command checks
-the folder against that list.
+manifest.json lists every file with its size and SHA-256. Written by `finetune base {base.name}`; the same command
+checks the folder against that list.
 """

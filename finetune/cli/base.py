@@ -1,4 +1,4 @@
-"""`finetune base NAME`: make a base model's folder out of a Python package. `finetune base list` shows which there are."""
+"""`finetune base NAME`: make a base model's folder out of a Python package; `finetune base list` shows the names."""
 
 from __future__ import annotations
 
@@ -43,12 +43,10 @@ def show_bases(as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([facts(base) for base in BASES.values()], indent=2))
         return
-    table = Table(title="Bases that come as Python packages", title_justify="left")
-    for column in ("base", "what it is", "package", "download", "default folder", "licence"):
-        table.add_column(column, overflow="fold")
+    table = Table("base", "what it is", box=None, pad_edge=False)
     for known in BASES.values():
         size = f"{known.wheel_bytes / 1e6:.0f} MB"
-        table.add_row(known.name, known.about, known.requirement, size, known.folder, known.licence)
+        table.add_row(known.name, f"{known.about}\n{known.requirement} ({size}, {known.licence}) → {known.folder}")
     Console().print(table)
 
 
