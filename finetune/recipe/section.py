@@ -10,12 +10,17 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 class Section(BaseModel):
     """A frozen group of recipe keys that records which of them were read.
 
-    Reading `options.learning_rate` anywhere marks the key as read. A key that the user set and that nothing read by
-    the end of a run is our defect, and `Recipe.unread()` finds it.
+    Reading `options.learning_rate` anywhere marks the key as read; dumping, comparing, hashing and printing do not. A
+    key that the user set and that nothing read by the end of a run is our defect, and `LoadedRecipe.unread()` finds it.
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
     _reads: set[str] = PrivateAttr(default_factory=set)
@@ -27,6 +32,10 @@ class Section(BaseModel):
             if private is not None:
                 private["_reads"].add(name)
         return value
+
+    def __eq__(self, other: object) -> bool:
+        """Equal keys make equal sections, whoever has read them."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
 
     def reads(self) -> frozenset[str]:
         """The keys of this section that were read since it was made."""

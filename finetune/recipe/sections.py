@@ -29,7 +29,8 @@ class ModelOptions(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model; pin a commit for a run that can be repeated."""
     family: str = "auto"
-    """The model family's facts: `auto` (from config.json), a name from `finetune families`, or package.module:attribute."""
+    """The model family's facts: `auto` (from config.json), a name from `finetune families`, or
+    package.module:attribute."""
     dtype: Dtype = "auto"
     """Precision of the base weights: `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
     quantization: Literal["none", "nf4", "int8"] = "none"
@@ -152,7 +153,8 @@ class TrainingOptions(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the adapter's initial weights, the row order and dropout."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: saves memory, costs a third more time. `auto` is off on a CPU, on elsewhere."""
+    """Recompute activations in the backward pass: saves memory, costs a third more time. `auto` is off on a
+    CPU, on elsewhere."""
     logging_steps: Count = 1
     """Write metrics every so many steps."""
     eval_steps: Count | None = None
