@@ -14,8 +14,8 @@ echo "A CPU with fast bfloat16 products (AMX) needs about 8 minutes, an older on
 
 run finetune base smollm2
 run finetune train recipes/quickstart.yaml --overwrite
-run finetune evaluate runs/quickstart --base
-run finetune merge runs/quickstart --overwrite
+run finetune evaluate runs/quickstart
+run finetune merge runs/quickstart
 run finetune evaluate runs/quickstart/merged --recipe recipes/quickstart.yaml
 
 cat <<'END'

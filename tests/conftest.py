@@ -68,9 +68,7 @@ def root() -> Path:
 def cli(tmp_path: Path) -> Callable[..., Outcome]:
     """Run `finetune WORDS...` in a fresh process, in tmp_path unless told otherwise."""
 
-    def run(
-        *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 60
-    ) -> Outcome:
+    def run(*words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 60) -> Outcome:
         done = subprocess.run(
             [sys.executable, "-m", "finetune", *words],
             cwd=cwd or tmp_path,

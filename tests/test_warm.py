@@ -14,7 +14,7 @@ import pytest
 from network import NetworkRefused
 from warm import Warm
 
-STORY = '''
+STORY = """
 import os, signal, sys, time
 
 def main(argv):
@@ -41,7 +41,7 @@ def main(argv):
         print("sum", value.item())
         ranks.destroy_process_group()
     return 0
-'''
+"""
 
 
 @pytest.fixture

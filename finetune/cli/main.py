@@ -26,6 +26,7 @@ from finetune import __version__
 from finetune.clash import refuse_namesake
 from finetune.cli.base import base
 from finetune.cli.families import families
+from finetune.cli.recipe import app as recipe_app
 from finetune.cli.runs import runs
 from finetune.errors import ExitCode, FinetuneError
 from finetune.privacy import no_telemetry
@@ -112,6 +113,7 @@ def merge(
 
 
 app.command()(runs)
+app.add_typer(recipe_app, name="recipe")
 app.command()(base)
 app.command()(families)
 
