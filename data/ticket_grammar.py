@@ -1,21 +1,20 @@
 """From a grammar to support tickets with their answers: the engine that data/tickets and data/tickets-zh share.
 
-A grammar (grammar.json beside each data set) lists products, complaints by category, cues of urgency, greetings, closings
-and distractors in one language. A ticket is one complaint about one product, at most one cue, and whatever surrounds them
-in real mail. Its answer follows from the text alone: the complaint decides category and summary, the cue the priority.
+A grammar (grammar.json beside each data set) lists products, complaints by category, cues of urgency, greetings,
+closings and distractors in one language. A ticket is one complaint about one product, at most one cue, and whatever
+surrounds them in real mail. Its answer follows from the text alone: the complaint decides category and summary, the cue
+the priority.
 
-Rows come in blocks: a block holds every complaint once and every priority equally often, in shuffled order, so any prefix
-of a file is balanced. Training and held-out rows are kept apart by rule: a paraphrase together with a product belongs to
-one of them only, so no held-out ticket asks a question that training has already shown in the same words.
+Rows come in blocks: a block holds every complaint once and every priority equally often, in shuffled order, so any
+prefix of a file is balanced. Training and held-out rows are kept apart by rule: a paraphrase together with a product
+belongs to one of them only, so no held-out ticket asks a question that training has already shown in the same words.
 
 Only the standard library is used, and a seed decides every row.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -179,44 +178,18 @@ def folded(text: str) -> str:
     return re.sub(r"[\W_]+", "", text.casefold())
 
 
-def data_set(grammar: dict[str, Any], seed: str, blocks: dict[str, int]) -> dict[str, str]:
+def data_set(folder: Path, blocks: dict[str, int]) -> dict[str, str]:
     """File name to content; no ticket text occurs twice, in whichever file.
 
     Args:
-        grammar: the content of a grammar.json.
-        seed: decides every row.
+        folder: holds grammar.json; its name is the seed.
         blocks: how many blocks each part ("train", "heldout") gets.
     """
+    grammar = json.loads((folder / "grammar.json").read_text(encoding="utf-8"))
     seen: set[str] = set()
     content = {}
     for part, count in blocks.items():
-        writer = TicketWriter(grammar, part, random.Random(f"{seed} {part}"), seen)
+        writer = TicketWriter(grammar, part, random.Random(f"{folder.name} {part}"), seen)
         rows = [row for _ in range(count) for row in writer.block()]
         content[f"{part}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return content
-
-
-def write_or_check(folder: Path, content: dict[str, str], check: bool) -> int:
-    """Write the files, or compare them with what lies in `folder`; returns an exit code."""
-    wrong = 0
-    for name, text in content.items():
-        path = folder / name
-        if check:
-            same = path.is_file() and path.read_text(encoding="utf-8") == text
-            print(f"{path}: {'as generated' if same else 'differs from what the maker writes'}")
-            wrong += not same
-        else:
-            temporary = path.with_name(f".{name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-            print(f"{path}: {text.count(chr(10)):,} rows")
-    return 1 if wrong else 0
-
-
-def main(folder: Path, blocks: dict[str, int]) -> int:
-    """The command line of a maker: write the data set of `folder`, or check it."""
-    parser = argparse.ArgumentParser(description=f"Write {folder.name}/train.jsonl and heldout.jsonl.")
-    parser.add_argument("--check", action="store_true", help="only verify that the files equal what would be written")
-    arguments = parser.parse_args()
-    grammar = json.loads((folder / "grammar.json").read_text(encoding="utf-8"))
-    return write_or_check(folder, data_set(grammar, folder.name, blocks), arguments.check)
