@@ -126,6 +126,19 @@ def test_with_json_an_error_is_also_json_on_stdout(ending, capsys) -> None:
         assert captured.err == "error: größe fehlt\n"
 
 
+def test_with_json_the_problems_of_a_recipe_come_one_by_one(cli, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(
+        "model:\n  name_or_path: x\n  dtyp: auto\ndata: {train: a.jsonl}\nouput_dir: b\n"
+    )
+    outcome = cli("recipe", "show", "bad.yaml", "--json")
+    assert outcome.returncode == 2
+    error = outcome.json["error"]
+    assert error["kind"] == "RecipeError"
+    assert error["problems"][0]["line"] == 3
+    assert len(error["problems"]) >= 2
+    assert error["message"] in outcome.stderr
+
+
 def test_an_unexpected_error_keeps_its_traceback_and_says_where_to_report(ending, capsys) -> None:
     assert roof.main([*ending(ZeroDivisionError("by zero")), "--json"]) == 1
     captured = capsys.readouterr()

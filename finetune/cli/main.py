@@ -30,6 +30,7 @@ from finetune.cli.recipe import app as recipe_app
 from finetune.cli.runs import runs
 from finetune.errors import ExitCode, FinetuneError
 from finetune.privacy import no_telemetry
+from finetune.recipe.problems import RecipeProblems
 
 BROKEN_PIPE = 141  # what a shell reports for a program whose reader went away: 128 + SIGPIPE
 
@@ -149,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else ExitCode.OK
     except FinetuneError as error:
-        return _report(type(error).__name__, error.exit_code, str(error), as_json)
+        problems = [problem.to_json() for problem in error.problems] if isinstance(error, RecipeProblems) else None
+        return _report(_kind(error), error.exit_code, str(error), as_json, problems)
     except TyperException as error:
         if not error.format_message():  # no verb was given: typer has shown the help
             return ExitCode.RECIPE
@@ -174,7 +176,14 @@ def _usage(error: TyperException) -> str:
     return f"{error.format_message()}\ntry: {path} --help"
 
 
-def _report(kind: str, exit_code: int, message: str, as_json: bool) -> int:
+def _kind(error: FinetuneError) -> str:
+    """The error's name in the tree of finetune/errors.py; kinds refined elsewhere count as the documented one."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == FinetuneError.__module__)
+
+
+def _report(
+    kind: str, exit_code: int, message: str, as_json: bool, problems: list[dict[str, Any]] | None = None
+) -> int:
     """Show an error on stderr, and on stdout as JSON when the verb was asked for JSON; return its exit code."""
     if sys.stderr.isatty():
         from rich.console import Console
@@ -185,7 +194,9 @@ def _report(kind: str, exit_code: int, message: str, as_json: bool) -> int:
     else:
         print(f"error: {message}", file=sys.stderr)
     if as_json:
-        fault = {"kind": kind, "exit_code": exit_code, "message": message}
+        fault: dict[str, Any] = {"kind": kind, "exit_code": exit_code, "message": message}
+        if problems is not None:
+            fault["problems"] = problems
         try:
             print(json.dumps({"error": fault}, ensure_ascii=False), flush=True)
         except BrokenPipeError:
