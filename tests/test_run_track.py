@@ -251,6 +251,21 @@ def test_a_sidecar_ends_after_the_run_was_killed_and_mirrors_what_there_is(box: 
     assert json.loads((folder / "tracking/trackerbox-Keeps.json").read_text())["lines_sent"] == 3
 
 
+def test_a_sidecar_that_hangs_after_the_run_was_killed_ends_itself(box: None, folder: Path) -> None:
+    program = (
+        "import sys; from finetune.run import sidecar; sidecar._ORPHAN_GRACE = 0.5; "
+        "sidecar._main(['--tracker', 'trackerbox:HangsAtStart', '--run', sys.argv[1], '--project', 'p', "
+        "'--run-name', 'n', '--parent', '1234567890'])"  # no process has this id, so the run is dead already
+    )
+    (folder / "tracking").mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(words, env=environment, start_new_session=True, timeout=30)
+    assert done.returncode == -signal.SIGKILL
+    state = json.loads((folder / "tracking/trackerbox-HangsAtStart.json").read_text())
+    assert state == {"stage": "start", "lines_sent": 0, "error": "the run died, and it hung in start"}
+
+
 def test_tensorboard_gets_every_number(folder: Path) -> None:
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     (outcome,) = mirror(folder, "tensorboard")

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from finetune.errors import FinetuneError
 from finetune.files import write_json
 from finetune.privacy import environment_secrets, mask_text, no_telemetry
 from finetune.registry import resolve
@@ -181,11 +182,13 @@ class _Mirror:
                 orphaned = now
             elif now - orphaned > _ORPHAN_GRACE:
                 self._state["error"] = f"the run died, and it hung in {self._state['stage']}"
-                self._save()
+                with contextlib.suppress(FinetuneError, OSError):
+                    self._save()
                 kill_group(os.getpgrp())
             if now - saved >= _SAVE_EVERY or self._over():
                 saved = now
-                self._save()
+                with contextlib.suppress(FinetuneError, OSError):  # a full disk must not end the watch
+                    self._save()
 
 
 def _main(argv: list[str] | None = None) -> int:
