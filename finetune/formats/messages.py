@@ -229,7 +229,7 @@ def _tool_calls(message: dict[str, Any], where: str, faults: list[Fault]) -> Non
                     )
                 )
         checked.append({**call, "type": call.get("type", "function"), "function": {**function, "arguments": arguments}})
-    message["tool_calls"] = checked
+    message["tool_calls"] = checked or calls  # calls that are all at fault are still calls: content may be absent
 
 
 def tool_schemas(value: Any, faults: list[Fault]) -> tuple[dict[str, Any], ...] | None:

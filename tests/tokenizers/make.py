@@ -101,27 +101,33 @@ def train(special: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def save(name: str, tokenizer: Tokenizer, template: str, **special: str) -> None:
-    """Write tests/tokenizers/`name`, as AutoTokenizer reads it."""
+def save(folder: Path, tokenizer: Tokenizer, template: str, **special: str) -> None:
+    """Write `folder`, as AutoTokenizer reads it."""
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
     wrapped.model_max_length = 4096
-    wrapped.save_pretrained(HERE / name)
+    wrapped.save_pretrained(folder)
 
 
-def main() -> None:
-    """Write all three."""
+def main(target: Path = HERE) -> None:
+    """Write all three below `target`."""
     ends = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    save("chatml", train(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]), CHATML, unk_token="<|endoftext|>", **ends)
+    save(
+        target / "chatml",
+        train(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+        CHATML,
+        unk_token="<|endoftext|>",
+        **ends,
+    )
 
     marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
     llama3 = train(marks)
     llama3.post_processor = processors.TemplateProcessing(
         single=f"{marks[0]} $A", pair=f"{marks[0]} $A {marks[0]} $B", special_tokens=[(marks[0], 0)]
     )
-    save("llama3", llama3, LLAMA3, bos_token=marks[0], eos_token="<|eot_id|>", pad_token="<|pad|>")
+    save(target / "llama3", llama3, LLAMA3, bos_token=marks[0], eos_token="<|eot_id|>", pad_token="<|pad|>")
 
     thinking = train(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    save("thinking", thinking, THINKING, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    save(target / "thinking", thinking, THINKING, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,302 @@
+"""What is trained of a chat is what a server would let the model write: no more, no less, on the ids it would send."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from finetune.data.encode import Tokens, encode, encode_plain
+from finetune.data.render import ChatTemplate, chat_template, render, trained_turns
+from finetune.errors import DataError
+from finetune.formats.example import Conversation, PromptCompletion, RowError, Text
+
+TOKENIZERS = Path(__file__).parent / "tokenizers"
+NAMES = ("chatml", "llama3", "thinking")
+
+
+def template_of(name: str, jinja: str | None = None, stop: str | None = None) -> ChatTemplate:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    if jinja is not None:
+        tokenizer.chat_template = jinja
+    stops = frozenset({tokenizer.convert_tokens_to_ids(stop) if stop else tokenizer.eos_token_id})
+    return chat_template(tokenizer, None, stops)
+
+
+@pytest.fixture(scope="module")
+def templates() -> dict[str, ChatTemplate]:
+    return {name: template_of(name) for name in NAMES}
+
+
+def talk(*contents: str, roles: tuple[str, ...] = ("user", "assistant")) -> Conversation:
+    return Conversation(tuple({"role": roles[n % len(roles)], "content": text} for n, text in enumerate(contents)))
+
+
+def stop_ids(template: ChatTemplate) -> frozenset[int]:
+    return frozenset(template.tokenizer.convert_tokens_to_ids(list(template.stops)))
+
+
+def rows_of(conversation: Conversation, template: ChatTemplate, loss_on: Any = "assistant") -> list[Tokens]:
+    found = encode(render(conversation, template, loss_on), template, stop_ids(template))
+    errors = [group for group in found if isinstance(group, RowError)]
+    if errors:
+        raise errors[0]
+    return [row for group in found if not isinstance(group, RowError) for row in group]
+
+
+def spans(rows: list[Tokens]) -> list[tuple[Tokens, int, int]]:
+    """All trained ranges with their rows, in the order of their turns: a later turn's prompt is longer."""
+    return sorted(((row, *ends) for row in rows for ends in row.trained), key=lambda found: found[1])
+
+
+def trained(rows: list[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [tokenizer.decode(row.ids[start:end]) for row, start, end in spans(rows)]
+
+
+def ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# Contents that make trouble: blanks and newlines at the ends, tags, other scripts, combining marks, what markers look
+# like. Surrogates cannot be encoded and are refused by every reader.
+blank = st.sampled_from(["", " ", "\n", "\n\n", "  \n", "\t"])
+word = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    ["assistant", "<think>", "</think>", "im_end", "<|im", "答え", "e\u0301", "🙂🙂", "{{ x }}", "1234567", "a\n\nb"]
+)
+content = st.tuples(blank, word, blank).map("".join)
+answer = content.filter(lambda text: bool(text.strip()))
+turns = st.lists(st.tuples(content, answer), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(system=st.none() | content, pairs=turns)
+def test_trained_text_is_the_answers_with_their_end_on_served_ids(
+    templates: dict[str, ChatTemplate], name: str, system: str | None, pairs: list[tuple[str, str]]
+) -> None:
+    template, tokenizer = templates[name], templates[name].tokenizer
+    head = [] if system is None else [{"role": "system", "content": system}]
+    messages = head + [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    rows = rows_of(Conversation(tuple(messages)), template)
+    wanted = [text.strip() if name == "llama3" else text for _, text in pairs]
+    empty = "<think>\n\n</think>\n\n"
+    got = [text.removeprefix(empty) if name == "thinking" else text for text in trained(rows, tokenizer)]
+    assert got == [text + template.stops[0] for text in wanted]
+
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    borders = spans(rows)
+    assert len(borders) == len(answers)
+    for (row, start, _), at in zip(borders, answers, strict=True):
+        served = tokenizer.apply_chat_template(messages[:at], add_generation_prompt=True, tokenize=False)
+        assert row.ids[:start] == ids(served, tokenizer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(pairs=turns)
+def test_last_assistant_trains_one_turn_and_all_trains_everything(
+    templates: dict[str, ChatTemplate], name: str, pairs: list[tuple[str, str]]
+) -> None:
+    template = templates[name]
+    conversation = talk(*(text for pair in pairs for text in pair))
+    every, last, whole = (rows_of(conversation, template, kind) for kind in ("assistant", "last_assistant", "all"))
+    assert len(last) == len(whole) == 1
+    assert len(last[0].trained) == 1
+    assert last[0].ids == every[-1].ids
+    assert last[0].trained[-1] == every[-1].trained[-1]
+    assert whole[0].trained == ((0, len(whole[0].ids)),)
+    assert whole[0].ids == ids(template.render(conversation.messages, None), template.tokenizer)
+
+
+def test_newline_after_the_end_of_turn_is_not_trained(templates: dict[str, ChatTemplate]) -> None:
+    tokenizer = templates["chatml"].tokenizer
+    rows = rows_of(talk("Hi", "Hello", "Bye", "See you"), templates["chatml"])
+    assert len(rows) == 1
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert trained(rows, tokenizer) == ["Hello<|im_end|>", "See you<|im_end|>"]
+    assert tokenizer.decode(rows[0].ids).endswith("<|im_end|>\n")
+
+
+def test_border_inside_a_token_gives_rows_with_served_ids(templates: dict[str, ChatTemplate]) -> None:
+    template, tokenizer = templates["chatml"], templates["chatml"].tokenizer
+    newlines = ids("\n\n", tokenizer)
+    assert len(newlines) == 1, "this tokenizer merges newlines, which is what the test is about"
+    rows = rows_of(talk("Hi", "\nHello", "Bye", "See you"), template)
+    assert len(rows) == 2
+    assert trained(rows, tokenizer) == ["\nHello<|im_end|>", "See you<|im_end|>"]
+    start = rows[0].trained[0][0]
+    assert rows[0].ids[start - 1 : start + 1] == ids("\n", tokenizer) * 2
+    assert newlines[0] in rows[1].ids, "as history, the server encodes the same turn with the merged token"
+
+
+def test_history_without_reasoning_becomes_one_row_per_turn(templates: dict[str, ChatTemplate]) -> None:
+    template = templates["thinking"]
+    conversation = Conversation(
+        (
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "reasoning_content": "Two and two.", "content": "4"},
+            {"role": "user", "content": "And 3?"},
+            {"role": "assistant", "reasoning_content": "One more.", "content": "7"},
+        )
+    )
+    rows = rows_of(conversation, template)
+    assert [row.turn for row in rows] == [1, 3]
+    assert trained(rows, template.tokenizer) == [
+        "<think>\nTwo and two.\n</think>\n\n4<|im_end|>",
+        "<think>\nOne more.\n</think>\n\n7<|im_end|>",
+    ]
+    assert "Two and two." not in template.tokenizer.decode(rows[1].ids)
+
+
+def test_turns_that_share_their_history_share_a_row(templates: dict[str, ChatTemplate]) -> None:
+    # No user message lies between the two answers, so the template keeps the reasoning of both.
+    roles = ("user", "assistant", "tool", "assistant")
+    rows = rows_of(talk("Weather?", "I look.", "Sun", "Sunny.", roles=roles), templates["thinking"])
+    assert len(rows) == 1
+    assert len(rows[0].trained) == 2
+
+
+def test_marked_opening_and_trailing_messages_are_not_trained(templates: dict[str, ChatTemplate]) -> None:
+    template = templates["chatml"]
+    opening = talk("Welcome", "Hi", "Hello", "Bye", roles=("assistant", "user"))
+    assert trained_turns(opening, "assistant") == [2]
+    rows = rows_of(opening, template)
+    assert trained(rows, template.tokenizer) == ["Hello<|im_end|>"]
+    text = template.tokenizer.decode(rows[0].ids)
+    assert "Welcome" in text
+    assert "Bye" not in text
+
+    marked = Conversation(talk("a", "b", "c", "d").messages, context=frozenset({1}))
+    assert trained(rows_of(marked, template), template.tokenizer) == ["d<|im_end|>"]
+
+
+def test_chat_with_nothing_trained_is_a_fault(templates: dict[str, ChatTemplate]) -> None:
+    with pytest.raises(
+        RowError, match=r"messages: found no assistant turn that is trained; .*add one or remove the row"
+    ):
+        render(Conversation(talk("a", "b").messages, context=frozenset({1})), templates["chatml"], "assistant")
+
+
+TURN = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+
+
+def asking(prompt: str, turn: str = TURN) -> str:
+    return turn + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n" + prompt + "' }}{% endif %}"
+
+
+@pytest.mark.parametrize("text", ["Hello", "<b>Hello</b>", "<think", "think>x"])
+def test_closed_block_of_the_generation_prompt_is_context_as_served(text: str) -> None:
+    template = template_of("chatml", asking("<think>\\n\\n</think>\\n\\n"))
+    rows = rows_of(talk("Hi", text, "Bye", text), template)
+    assert len(rows) == 2
+    assert trained(rows, template.tokenizer) == [f"{text}<|im_end|>"] * 2
+    for row in rows:
+        before = template.tokenizer.decode(row.ids[: row.trained[0][0]])
+        assert before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        assert before.count("<think>") == 1
+
+
+def test_open_block_of_the_generation_prompt_is_refused() -> None:
+    with pytest.raises(DataError, match=r"asks for an answer with '<think>\\n', which its finished turns do not have"):
+        rows_of(talk("Hi", "Hello"), template_of("chatml", asking("<think>\\n")))
+
+
+def test_template_without_generation_prompt_trains_what_the_model_must_write() -> None:
+    rows = rows_of(talk("Hi", "Hello"), template := template_of("chatml", TURN))
+    assert trained(rows, template.tokenizer) == ["<|im_start|>assistant\nHello<|im_end|>"]
+
+
+def test_turn_ended_by_the_next_role_token_trains_that_token() -> None:
+    # As GLM-4 does: no end of turn, generation stops at the token that begins the user's turn.
+    jinja = (
+        "{%- for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else '<|endoftext|>') + '\\n' + m.content }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{ '<|endoftext|>\\n' }}{% endif %}"
+    )
+    template = template_of("thinking", jinja, stop="<|im_start|>")
+    rows = rows_of(talk("Hi", "Hello", "Bye", "See you"), template)
+    assert len(rows) == 1
+    assert trained(rows, template.tokenizer) == ["Hello<|im_start|>", "See you<|im_start|>"]
+
+
+def test_template_without_any_stop_token_is_refused() -> None:
+    jinja = "{%- for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    with pytest.raises(
+        RowError, match=r"messages\[1\]: found no end-of-turn token in what the chat template of .*chatml"
+    ):
+        rows_of(talk("Hi", "Hello"), template_of("chatml", jinja))
+
+
+def test_template_that_refuses_a_row_is_a_fault_of_the_row() -> None:
+    jinja = "{{ raise_exception('only two messages') if messages|length > 2 else '' }}" + asking("")
+    with pytest.raises(RowError, match=r"refuses \(TemplateError: only two messages\); roles user, assistant, user"):
+        rows_of(talk("a", "b", "c", "d"), template_of("chatml", jinja))
+
+
+def test_no_template_and_unreadable_template_are_told(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / "chatml")
+    with pytest.raises(DataError, match=r"data.chat_template: .*missing.jinja: cannot be read \(No such file"):
+        chat_template(tokenizer, str(tmp_path / "missing.jinja"), frozenset({2}))
+    (tmp_path / "own.jinja").write_text(asking("").replace("<|im_start|>", "<|im_end|>"))
+    own = chat_template(tokenizer, str(tmp_path / "own.jinja"), frozenset({2}))
+    assert own.render(talk("Hi").messages, None) == "<|im_end|>user\nHi<|im_end|>\n"
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="has no chat template, and the data holds chats"):
+        chat_template(tokenizer, None, frozenset({2}))
+
+
+def plain(example: Text | PromptCompletion, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    (rows,) = encode_plain([example], tokenizer)
+    assert not isinstance(rows, RowError)
+    (row,) = rows
+    return row
+
+
+def test_plain_text_begins_with_bos_where_the_tokenizer_adds_it_and_ends_with_one_eos() -> None:
+    llama3 = AutoTokenizer.from_pretrained(TOKENIZERS / "llama3")
+    for text in ("Hello.", "<|begin_of_text|>Hello.", "Hello.<|eot_id|>"):
+        row = plain(Text(text), llama3)
+        assert llama3.decode(row.ids) == "<|begin_of_text|>Hello.<|eot_id|>"
+        assert row.trained == ((0, len(row.ids)),)
+    chatml = AutoTokenizer.from_pretrained(TOKENIZERS / "chatml")
+    assert chatml.decode(plain(Text("Hello."), chatml).ids) == "Hello.<|im_end|>"
+
+
+@given(prompt=answer, completion=answer)
+def test_completion_is_trained_with_eos_after_the_ids_a_server_sends(
+    templates: dict[str, ChatTemplate], prompt: str, completion: str
+) -> None:
+    for name in ("chatml", "llama3"):
+        tokenizer = templates[name].tokenizer
+        row = plain(PromptCompletion(prompt, completion), tokenizer)
+        ((start, end),) = row.trained
+        assert row.ids[:start] == list(tokenizer(prompt)["input_ids"])
+        assert tokenizer.decode(row.ids[start:end]) == completion + tokenizer.eos_token
+        assert end == len(row.ids)
+
+
+def test_tokenizer_without_eos_is_refused_for_plain_text() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / "chatml")
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="has no eos_token"):
+        encode_plain([Text("x")], tokenizer)
+
+
+def test_committed_tokenizers_are_what_their_script_makes(tmp_path: Path) -> None:
+    specification = importlib.util.spec_from_file_location("make", TOKENIZERS / "make.py")
+    assert specification is not None
+    assert specification.loader is not None
+    make = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(make)
+    make.main(tmp_path)
+    for name in NAMES:
+        made, kept = sorted((tmp_path / name).iterdir()), sorted((TOKENIZERS / name).iterdir())
+        assert [file.name for file in made] == [file.name for file in kept]
+        assert len(kept) >= 3
+        assert [file.read_bytes() for file in made] == [file.read_bytes() for file in kept]

@@ -1,0 +1,220 @@
+"""Rows of each format become examples, and bad rows say which field is wrong and what to do."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+
+from finetune.formats import FORMATS
+from finetune.formats.example import Conversation, Format, PromptCompletion, RowError, Text
+from finetune.registry import resolve
+
+
+def layout(name: str) -> Format:
+    return resolve("format", name, FORMATS)
+
+
+def faults(name: str, row: dict[str, Any]) -> list[str]:
+    with pytest.raises(RowError) as caught:
+        layout(name).to_example(row)
+    return [str(fault) for fault in caught.value.faults]
+
+
+def chat(*messages: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+USER = {"role": "user", "content": "Is 7 prime?"}
+ANSWER = {"role": "assistant", "content": "Yes."}
+
+
+def example_row(name: str) -> dict[str, Any]:
+    """The row under `Example row:` in the docstring of the format's module."""
+    module = importlib.import_module(FORMATS[name].split(":")[0])
+    return json.loads(module.__doc__.split("Example row:\n")[1])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_docstring_row_converts_and_is_recognised_by_its_format_alone(name: str) -> None:
+    row = example_row(name)
+    example = layout(name).to_example(row)
+    kinds = {"messages": Conversation, "prompt_completion": PromptCompletion, "text": Text}
+    assert isinstance(example, kinds[layout(name).gives])
+    assert layout(name).name == name
+    assert [other for other in FORMATS if layout(other).recognises(row)] == [name]
+
+
+def test_five_formats_are_known() -> None:
+    assert len(FORMATS) >= 5
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": 3}, "messages: found a number (3); expected a list of messages"),
+        ({"messages": []}, "messages: found an empty list; expected a list of messages"),
+        ({"other": 1}, "messages: found no such column among other; expected a list of messages"),
+        (chat(USER), "messages: found only the roles user; expected an assistant message"),
+        (chat(USER, {"role": "assistant", "content": ""}), "messages[1].content: found empty text; expected an answer"),
+        (
+            chat(USER, {"role": "assistant", "content": " \n"}),
+            "messages[1].content: found text (' \\n'); expected an answer",
+        ),
+        (chat(USER, {"role": "assistant", "content": 3}), "messages[1].content: found a number (3); expected text"),
+        (chat(USER, {"role": "assistant"}), "messages[1].content: found nothing; expected text; add it, or tool_calls"),
+        (chat({"role": "user"}, ANSWER), "messages[0].content: found nothing; expected text; add it"),
+        (
+            chat({"role": "user", "content": {"a": 1}}, ANSWER),
+            "messages[0].content: found an object with keys a; expected",
+        ),
+        (
+            chat({"role": "uesr", "content": "x"}, ANSWER),
+            "one of system, developer, user, assistant, tool; write 'user'",
+        ),
+        (chat(USER, {"role": "gpt", "content": "x"}), "messages[1].role: found text ('gpt'); expected one of"),
+        (chat({"content": "x"}, ANSWER), "messages[0].role: found nothing; expected one of"),
+        (chat({"role": 1, "content": "x"}, ANSWER), "messages[0].role: found a number (1)"),
+        (chat("hello", ANSWER), "messages[0]: found text ('hello'); expected an object with role and content"),
+        (
+            chat(USER, {"role": "system", "content": "x"}, ANSWER),
+            "messages[1].role: found a system message after others",
+        ),
+        (
+            chat({"role": "system", "content": "x"}, {"role": "developer", "content": "x"}, USER, ANSWER),
+            "messages[1].role: found a second developer message; expected at most one",
+        ),
+        (
+            chat({"role": "user", "content": [{"type": "image_url"}]}, ANSWER),
+            "content[0]: found a part of type 'image_url'",
+        ),
+        (chat(USER, {**ANSWER, "weight": 0.5}), "messages[1].weight: found a number (0.5); expected 0 or 1"),
+        (chat(USER, {**ANSWER, "train": 1}), "messages[1].train: found a number (1); expected true or false"),
+        (chat({**USER, "tool_calls": [{}]}, ANSWER), "messages[0].tool_calls: found a list of 1; expected none"),
+        (chat(USER, {"role": "assistant", "tool_calls": [{}]}), "messages[1].tool_calls[0]: found an empty object"),
+        (
+            chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}),
+            "messages[1].tool_calls[0].function.arguments: found broken JSON",
+        ),
+        ({**chat(USER, ANSWER), "tools": 5}, "tools: found a number (5); expected a list of function schemas"),
+    ],
+)
+def test_bad_chat_names_the_field_and_what_stands_there(row: dict[str, Any], expected: str) -> None:
+    found = faults("messages", row)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def test_every_fault_of_a_row_is_told() -> None:
+    found = faults("messages", chat({"role": "usr", "content": 1}, {"role": "assistant", "content": None}))
+    assert [fault.split(":")[0] for fault in found] == [
+        "messages[0].role",
+        "messages[0].content",
+        "messages[1].content",
+    ]
+
+
+def test_foreign_role_is_answered_with_ours() -> None:
+    for foreign, ours in {"human": "user", "gpt": "assistant", "function": "tool"}.items():
+        assert faults("messages", chat({"role": foreign, "content": "x"}, ANSWER))[0].endswith(f"write {ours!r}")
+
+
+def test_chat_keeps_reasoning_and_joins_text_parts_by_newlines() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    answer = {**ANSWER, "reasoning_content": "It has no divisor."}
+    example = layout("messages").to_example(chat({"role": "user", "content": parts}, answer))
+    assert example == Conversation(({"role": "user", "content": "a\nb"}, answer))
+
+
+def test_weight_zero_and_train_false_make_context() -> None:
+    row = chat(USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "train": False}, USER, {**ANSWER, "weight": 1})
+    example = layout("messages").to_example(row)
+    assert isinstance(example, Conversation)
+    assert example.context == {1, 3}
+    assert all(set(message) == {"role", "content"} for message in example.messages)
+
+
+def test_tool_call_arguments_become_the_object_servers_hand_to_templates() -> None:
+    call = {"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    row = {**chat(USER, {"role": "assistant", "tool_calls": [call]}), "tools": '[{"name": "add"}]'}
+    example = layout("messages").to_example(row)
+    assert isinstance(example, Conversation)
+    assert example.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert example.messages[1]["content"] == ""
+    assert example.tools == ({"name": "add"},)
+
+
+def test_messages_may_be_a_json_string_or_stand_under_conversations() -> None:
+    plain = layout("messages").to_example(chat(USER, ANSWER))
+    assert layout("messages").to_example({"messages": json.dumps([USER, ANSWER])}) == plain
+    row = {"conversations": [USER, ANSWER]}
+    assert layout("messages").recognises(row)
+    assert not layout("sharegpt").recognises(row)
+    assert layout("messages").to_example(row) == plain
+
+
+def test_prompt_of_messages_is_context_even_where_it_holds_answers() -> None:
+    example = layout("prompt_completion").to_example({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert example == Conversation((USER, ANSWER, USER, ANSWER), context=frozenset({0, 1, 2}))
+
+
+def test_json_texts_stay_texts_in_prompt_and_completion() -> None:
+    row = {"prompt": '[{"a": 1}]', "completion": '[{"b": 2}]'}
+    assert layout("prompt_completion").to_example(row) == PromptCompletion(**row)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("prompt_completion", {"prompt": "a", "completion": ""}, "completion: found empty text; expected text"),
+        ("prompt_completion", {"prompt": "a"}, "completion: found no such column among prompt"),
+        (
+            "prompt_completion",
+            {"prompt": "a", "completion": [USER]},
+            "prompt, completion: found text ('a') and a list of 1",
+        ),
+        ("prompt_completion", {"prompt": [USER], "completion": [USER]}, "completion: found only the roles user"),
+        ("text", {"text": 3}, "text: found a number (3); expected text; write it as a string"),
+        ("text", {"text": "  "}, "text: found text ('  '); expected text that is not blank"),
+        ("alpaca", {"instruction": "a", "output": None}, "output: found null; expected text"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["c"]]}, "history[0]: found a list of 1"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            "conversations[0].from: found text ('alien')",
+        ),
+        ("sharegpt", {"conversations": "x"}, "conversations: found text ('x'); expected a list of turns"),
+        (
+            "sharegpt",
+            {"system": "s", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": 1}]},
+            "conversations[1].value: found a number (1); expected text",
+        ),
+    ],
+)
+def test_bad_row_of_other_formats_names_the_field(name: str, row: dict[str, Any], expected: str) -> None:
+    found = faults(name, row)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def test_alpaca_puts_input_under_the_instruction_and_history_before() -> None:
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3", "system": "Be brief.", "history": [["Hi", "Hello"]]}
+    example = layout("alpaca").to_example(row)
+    assert isinstance(example, Conversation)
+    assert [message["content"] for message in example.messages] == ["Be brief.", "Hi", "Hello", "Add.\n1, 2", "3"]
+    assert [message["role"] for message in example.messages] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_sharegpt_speakers_become_roles() -> None:
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b", "weight": 0},
+        {"from": "user", "value": "c"},
+    ]
+    row = {"system": "s", "conversations": [*turns, {"from": "assistant", "value": "d"}]}
+    example = layout("sharegpt").to_example(row)
+    assert isinstance(example, Conversation)
+    assert [message["role"] for message in example.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert example.context == {2}
