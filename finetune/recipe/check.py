@@ -19,7 +19,7 @@ from finetune.recipe.suggest import nearest_keys
 from finetune.recipe.unknown import is_secret, owned_by_recipe, unknown_key
 
 _WORDS_FOR_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-MAX_EXPLAINED = 200
+MAX_EXPLAINED = 50
 """Problems after which unknown keys are only named, so that a file that is no recipe is refused quickly."""
 
 
@@ -62,7 +62,10 @@ class Check:
         except ValidationError as error:
             recipe = None
             faults = error.errors(include_url=False)
-            for fault in sorted(faults, key=lambda fault: fault["type"] == "missing"):
+            # What is missing may be explained by an unknown key, and a list by the item in it that is wrong.
+            for fault in sorted(
+                faults, key=lambda fault: (fault["type"] == "missing", -len(_known_part(fault["loc"])))
+            ):
                 self._fault(fault["type"], fault["loc"], fault["input"], fault.get("ctx", {}))
         self._screen_combinations()
         return None if self.problems else recipe
@@ -96,9 +99,10 @@ class Check:
             self.say(path, _not_a_section(path, found))
         elif kind == "value_error":
             self.say(path, str(context.get("error", "is not accepted")))
-        else:
+        elif not any(inner[: len(path)] == path for inner in self.silent):
             key = fields.known_keys().get(generic(path))
-            self.say(path, wrong_value(key, found) if key else f"is not accepted: found {shown(found)}")
+            quote = "; put it in quotes" if isinstance(found, int | float) and not isinstance(found, bool) else ""
+            self.say(path, wrong_value(key, found) if key else f"expected text, found {shown(found)}{quote}")
 
     def _unknown(self, path: tuple[Any, ...]) -> None:
         section = generic(path[:-1])
@@ -156,7 +160,7 @@ class Check:
         if self._get("adapter", "method") == "none" and self._get("model", "quantization") in ("nf4", "int8"):
             self.say(
                 ("model", "quantization"),
-                "quantised weights cannot be trained, which adapter.method: none asks for; write none, or adapter.method: lora",
+                "quantised weights cannot be trained, as adapter.method: none asks; write none or adapter.method: lora",
             )
 
     def _get(self, section: str, name: str) -> Any:
@@ -240,9 +244,8 @@ def _known_part(location: tuple[Any, ...]) -> Path:
     known = fields.known_keys().keys() | fields.sections().keys()
     path: Path = ()
     for part in location:
-        if generic((*path, part)) not in known and not isinstance(part, int):
-            break
-        path = (*path, part)
+        if isinstance(part, int) or generic((*path, part)) in known:
+            path = (*path, part)
     return path
 
 

@@ -72,6 +72,8 @@ def read_chain(path: Path) -> list[Document]:
     seen: list[Path] = []
     asked: Origin | None = None
     while True:
+        if "\0" in str(path):
+            _stop(asked or Origin("file", "recipe"), "a path cannot hold the character U+0000")
         real = Path(os.path.realpath(path))
         if real in seen:
             chain = " -> ".join([document.source for document in documents[seen.index(real) :]] + [str(path)])
@@ -102,10 +104,11 @@ def read_document(path: Path, asked: Origin | None = None) -> Document:
     """
     source = str(path)
     named = path.suffix.lower() in (".yaml", ".yml", ".json")
+    content = _content(path, asked)
     try:
-        document = parse(decode(_content(path, asked), source), source)
+        document = parse(decode(content, source), source)
     except RecipeProblems as error:
-        if named or not error.problems or error.problems[0].origin.source != source:
+        if named:
             raise
         first = error.problems[0]
         note = f"{first.message} (is {path.name} a recipe? Recipes are YAML files)"
@@ -225,8 +228,9 @@ def _override(document: Document, number: int, text: str) -> str:
         return place.source
     layer.problems = [Problem(place, key, problem.message) for problem in value.problems]
     layer.broken = {(*way, *inner) for inner in value.broken}
-    above = [way[:length] for length in range(1, len(way))]
+    above: list[Way] = [way[:length] for length in range(1, len(way))]
     layer.values = {outer: place for outer in above if outer not in document.values}
+    layer.values[way] = place
     layer.values |= {(*way, *inner): place for inner in value.values}
     layer.keys = dict(layer.values)
     layer.value = value.value
@@ -291,9 +295,13 @@ def _provenance(document: Document) -> tuple[dict[str, Origin], dict[str, Origin
     """Origins of what holds a value, and of what contains such."""
     origins: dict[str, Origin] = {}
     containers: dict[str, Origin] = {}
-    for way in document.values:
-        if not way:
-            continue
+    order = {key: index for index, key in enumerate(fields.known_keys())}
+
+    def rank(way: Way) -> tuple[int, int]:
+        index = way[2] if len(way) > 2 else -1
+        return order.get(generic(way[:2]), -1), index if isinstance(index, int) else -1
+
+    for way in sorted((way for way in document.values if way), key=rank):
         place = document.keys.get(way) or document.values[way]
         key = fields.known_keys().get(generic(way))
         holds_value = key is not None and not key.types & {"sources", "mapping"}

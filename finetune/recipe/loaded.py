@@ -41,7 +41,7 @@ class LoadedRecipe:
         return self.origins.get(key) or self.containers.get(key) or DEFAULT
 
     def set_keys(self) -> tuple[str, ...]:
-        """The dotted keys that hold a value and that a file or an override set, in the order they were written."""
+        """The dotted keys that hold a value and that a file or an override set, in the order of the sections."""
         return tuple(self.origins)
 
     def unread(self, sections: Collection[str] | None = None) -> tuple[str, ...]:

@@ -5,12 +5,15 @@ In a wheel they lie inside the package; in a checkout they are the folders recip
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
 
 import finetune
+from finetune.recipe.suggest import cost
+
+_NEAR = 0.25
+"""How unlike a shipped recipe's name may be to be offered."""
 
 
 def recipes_folder() -> Path:
@@ -54,6 +57,10 @@ def nearest_shipped(name: str, folder: Path | None = None) -> str | None:
     short = re.sub(r"\.(yaml|yml)$", "", name.replace(os.sep, "/")).removeprefix("./").removeprefix("recipes/")
     if short in known:
         return short
-    ends = [other for other in known if other.rsplit("/", 1)[-1] == short.rsplit("/", 1)[-1]]
-    near = ends or difflib.get_close_matches(short, known, n=1, cutoff=0.7)
-    return near[0] if near else None
+
+    def unlike(other: str) -> float:
+        last = cost(short.rsplit("/", 1)[-1], other.rsplit("/", 1)[-1])
+        return min(cost(short, other), last)
+
+    best = min(known, key=unlike, default=None)
+    return best if best is not None and unlike(best) <= _NEAR else None

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from finetune.recipe import fields
-from finetune.recipe.foreign import foreign, table
-from finetune.recipe.suggest import NEAR, cost, nearest_keys
+from finetune.recipe.foreign import ForeignName, foreign, table
+from finetune.recipe.suggest import NEAR, cost, distance, nearest_keys
 
 _SECRET = re.compile(r"(^|_)(token|api_?key|access_?key|secret|secret_?key|password|passwd|credentials?)$")
 _NOT_SECRET = re.compile(r"(^|_)(pad|eos|bos|unk|sep|cls|mask|image|audio|video|special|end|start|stop)_token$")
@@ -47,9 +47,8 @@ def unknown_key(section: str, name: str) -> Answer:
     offered = suggest_key(section, name)
     if offered:
         return Answer(f"unknown key; did you mean {offered[0]}?", tuple(offered))
-    near = [other for other in table() if cost(name, other) <= _NEAR_FOREIGN]
-    if near:
-        row = table()[min(near, key=lambda other: cost(name, other))]
+    row = _nearest_foreign(name.lower())
+    if row is not None:
         return Answer(f"unknown key; if it means {row.name}, {row.answer()}", (row.key,) if row.key else ())
     extra = "; an argument of TRL's SFTConfig goes under training.extra" if section == "training" else ""
     place = f"{section} has" if section else "a recipe has"
@@ -89,6 +88,16 @@ def owned_by_recipe(name: str) -> Answer | None:
         offered = [f"{home}.{name}" if home else name for home in homes]
         return Answer(f"may not stand in training.extra; write {' or '.join(offered)}", tuple(offered))
     return None
+
+
+def _nearest_foreign(name: str) -> ForeignName | None:
+    """The row of another tool's name that is a slip or two away, or None."""
+    best, found = _NEAR_FOREIGN, None
+    for other, row in table().items():
+        longest = max(len(name), len(other))
+        if abs(len(name) - len(other)) <= best * longest and (share := distance(name, other) / longest) <= best:
+            best, found = share, row
+    return found
 
 
 def _belongs(name: str, homes: list[str]) -> Answer:
