@@ -43,7 +43,8 @@ _HINTS = (
     ("did not find expected key", "check the indentation of this line and the one above"),
     ("could not find expected ':'", "every key needs a colon and a space after it"),
     ("did not find expected '-'", "check the indentation: a list goes on here without its dash"),
-    ("did not find expected ',' or", "a bracket is not closed, or a comma is missing"),
+    ("expected ',' or", "a bracket is not closed, or a comma is missing"),
+    ("expected <block end>", "check the indentation of this line and the one above"),  # without libyaml
     ("did not find expected node content", "a value is missing here"),
     ("unexpected end of stream", "a quote is not closed"),
     ("cannot start any token", "put text that starts with this character in quotes"),
