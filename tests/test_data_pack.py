@@ -37,6 +37,10 @@ def test_twenty_thousand_rows_fill_their_bins() -> None:
     assert density(lengths, bins, 2048) >= 0.999
 
 
+def test_row_goes_where_it_leaves_least_room() -> None:
+    assert sorted(map(sorted, pack([7, 5, 3], 10))) == [[0, 2], [1]]
+
+
 def test_seed_orders_the_bins_and_nothing_else() -> None:
     lengths = [random.Random(2).randint(1, 50) for _ in range(200)]
     one, other = pack(lengths, 100, seed=1), pack(lengths, 100, seed=2)

@@ -131,6 +131,8 @@ def test_weight_repeats_rows_and_draws_a_seeded_share(tokenizer: PreTrainedToken
     assert len(set(drawn(0.5))) == len(drawn(0.5)) == 5
     assert drawn(1.3)[:10] == list(range(10))
     assert len(drawn(1.3)) == 13
+    report = run(tokenizer, "a.jsonl", {"path": "a.jsonl", "name": "rare", "weight": 0.01}).report
+    assert report.lines()[1:] == ["rare: none of its rows is kept"]
 
 
 def test_faults_of_template_and_rows_are_told_together(tokenizer: PreTrainedTokenizerBase) -> None:

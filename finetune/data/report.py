@@ -104,6 +104,7 @@ class DataReport:
             said.append(f"{opening:,} chats begin with an assistant message, which is context and not trained")
         if trailing := self.total("trailing_messages"):
             said.append(f"{trailing:,} messages after the last trained turn left out")
+        said += [f"{source.name}: none of its rows is kept" for source in self.sources if not source.rows_kept]
         return said
 
     def as_dict(self) -> dict[str, Any]:
