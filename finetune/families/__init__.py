@@ -1,1 +1,31 @@
-"""One file per model family: the facts its config.json does not state."""
+"""One file per model family: the facts its config.json does not state. To add one, copy a file and add a line."""
+
+from __future__ import annotations
+
+from finetune.families.family import Family
+from finetune.registry import resolve
+
+FAMILIES = {
+    "llama": "finetune.families.llama:FAMILY",
+    "qwen2": "finetune.families.qwen2:FAMILY",
+    "qwen3": "finetune.families.qwen3:FAMILY",
+    "mistral": "finetune.families.mistral:FAMILY",
+    "glm4": "finetune.families.glm4:FAMILY",
+    "hunyuan": "finetune.families.hunyuan:FAMILY",
+}
+
+
+def match(name: str, model_type: str) -> Family | None:
+    """The family a recipe names, or with `auto` the one that `model_type` belongs to; None when no file knows it.
+
+    Raises:
+        RecipeError: `name` is neither `auto`, nor in FAMILIES, nor importable.
+    """
+    if name != "auto":
+        family: Family = resolve("family", name, FAMILIES)
+        return family
+    for key in FAMILIES:
+        family = resolve("family", key, FAMILIES)
+        if model_type in family.model_types:
+            return family
+    return None

@@ -1,0 +1,45 @@
+"""A hub model becomes a local folder, so that one path checks, hashes, loads and merges every base."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from finetune.errors import EnvironmentFault, ModelError
+from finetune.model.folder import Base, check
+
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
+
+
+def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> Base:
+    """`base` with a local folder: its own, or the hub cache's after a download.
+
+    Args:
+        base: from `finetune.model.folder.find`.
+        revision: branch, tag or commit.
+        trust_remote_code: also fetch the repository's Python files.
+
+    Raises:
+        EnvironmentFault: the hub cannot be reached and the cache does not hold the model.
+        ModelError: no such model or revision, no access, or the download is not whole.
+    """
+    if base.folder is not None:
+        return base
+    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    try:
+        folder = snapshot_download(base.name, revision=revision, allow_patterns=wanted)
+    except LocalEntryNotFoundError as error:
+        offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        raise EnvironmentFault(
+            f"model.name_or_path: {base.name} is not in the cache and {offline}; download it where there is a "
+            "network, or name a local folder (a path that starts with ./ is never looked up)"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model.name_or_path: cannot download {base.name}: {reason}; check the id, model.revision and HF_TOKEN"
+        ) from error
+    return check(base.name, Path(folder))

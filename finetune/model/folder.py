@@ -1,0 +1,192 @@
+"""Is a base model all there? Checked from file headers alone, before torch is imported.
+
+A base is a local folder or a model id of the hub. A local folder must hold a config, a tokenizer and whole safetensors
+weights; the cases that end hours later in a cryptic message are named here: git-lfs pointers, half downloads, shards
+that the index names and the folder lacks, index entries that point out of the folder, pickled weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_LFS = b"version https://git-lfs.github.com/spec/"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that was found.
+
+    Attributes:
+        name: as the recipe says it.
+        folder: the local folder; None for a model of the hub that is not downloaded yet.
+        config: config.json as a mapping; empty for a hub model.
+        weights: the safetensors files, in order of name.
+    """
+
+    name: str
+    folder: Path | None
+    config: dict[str, Any]
+    weights: tuple[Path, ...] = ()
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in transformers; empty when the config is not at hand."""
+        return str(self.config.get("model_type", ""))
+
+
+def find(name_or_path: str) -> Base:
+    """Find and check the base that a recipe names.
+
+    Raises:
+        ModelError: the folder does not exist, lacks files, or holds files that are not what they seem.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return check(name_or_path, path)
+    if path.exists():
+        raise ModelError(f"model.name_or_path: {name_or_path} is a file; name the folder that holds config.json")
+    if _meant_as_path(name_or_path):
+        raise ModelError(
+            f"model.name_or_path: {name_or_path} does not exist (looked for {path.absolute()})" + _folder_hint(path)
+        )
+    if not _HUB_ID.match(name_or_path):
+        raise ModelError(f"model.name_or_path: {name_or_path!r} is neither a folder nor a model id such as org/name")
+    return Base(name_or_path, None, {})
+
+
+def _meant_as_path(name: str) -> bool:
+    """A missing folder must not be looked up on the hub: `data/model` is a path wherever `data/` exists."""
+    first = name.split("/", 1)[0]
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(first).is_dir()
+
+
+def _folder_hint(path: Path) -> str:
+    if path.name == "smollm2-135m-instruct":
+        return "; `finetune base smollm2` makes it"
+    parent = path.parent
+    names = sorted(p.name for p in parent.iterdir() if (p / "config.json").is_file()) if parent.is_dir() else []
+    return f"; models there: {', '.join(names[:5])}" if names else ""
+
+
+def check(name: str, folder: Path) -> Base:
+    """Check a local base folder.
+
+    Raises:
+        ModelError: with every fault found, each with its file and remedy.
+    """
+    faults: list[str] = []
+    config = _config(folder, faults)
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        faults.append(f"no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …); download the whole model folder")
+    weights = _weights(folder, faults)
+    for file in weights:
+        _check_safetensors(file, faults)
+    for file in _TOKENIZER_FILES:
+        if (folder / file).is_file() and _is_lfs(folder / file):
+            faults.append(_lfs_fault(file))
+    if faults:
+        raise ModelError(f"the base model {folder} is not whole:\n" + "\n".join(f"  {fault}" for fault in faults))
+    return Base(name, folder, config, tuple(weights))
+
+
+def _config(folder: Path, faults: list[str]) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        faults.append("config.json is missing; name the folder that holds it")
+        return {}
+    if _is_lfs(path):
+        faults.append(_lfs_fault("config.json"))
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a mapping")
+    except (OSError, ValueError) as error:
+        faults.append(f"config.json cannot be read: {error}; download it again")
+        return {}
+    if not config.get("model_type"):
+        faults.append("config.json has no model_type, so transformers cannot tell the architecture")
+    return config
+
+
+def _weights(folder: Path, faults: list[str]) -> list[Path]:
+    if (folder / INDEX).is_file():
+        return _indexed_weights(folder, faults)
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        faults.append(f"weights are pickled ({pickled[0]}), which can run code; convert them to safetensors")
+    else:
+        faults.append(f"no weights: neither {SINGLE} nor {INDEX}")
+    return []
+
+
+def _indexed_weights(folder: Path, faults: list[str]) -> list[Path]:
+    if _is_lfs(folder / INDEX):
+        faults.append(_lfs_fault(INDEX))
+        return []
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        faults.append(f"{INDEX} cannot be read: {error}; download it again")
+        return []
+    found = []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            faults.append(f"{INDEX} names {name!r}, which points out of the folder; refuse this model")
+        elif not (folder / name).is_file():
+            faults.append(f"{name} is missing though {INDEX} names it; download it")
+        else:
+            found.append(folder / name)
+    return found
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: name to dtype, shape and data_offsets (bytes from the header's end).
+
+    Raises:
+        ValueError: the file is not safetensors, or shorter than its header says.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, 100_000_000):
+            raise ValueError("not a safetensors file")
+        header = json.loads(stream.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file")
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != 8 + length + end:
+        raise ValueError(f"{size} bytes where its header needs {8 + length + end}")
+    return header
+
+
+def _check_safetensors(path: Path, faults: list[str]) -> None:
+    if _is_lfs(path):
+        faults.append(_lfs_fault(path.name))
+        return
+    try:
+        safetensors_header(path)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        faults.append(f"{path.name} is damaged or half downloaded: {error}; download it again")
+
+
+def _is_lfs(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(len(_LFS)) == _LFS
+
+
+def _lfs_fault(name: str) -> str:
+    return f"{name} is a git-lfs pointer, not the file; run `git lfs pull` in the folder or download it again"

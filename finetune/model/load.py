@@ -1,0 +1,175 @@
+"""Load the base model and its tokenizer, with every precision stated rather than inherited."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from finetune.errors import EnvironmentFault, ModelError
+from finetune.model.folder import Base
+from finetune.recipe.sections import ModelOptions
+
+# On a CPU the backward pass of torch's flash attention takes 30 % of a step of short rows; eager attention is faster up
+# to about this many tokens, where its quadratic score matrix begins to cost more than it saves.
+EAGER_UP_TO = 512
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of everything that has one, by torch's names.
+
+    Attributes:
+        compute: matrix products (autocast where it differs from the weights).
+        base: the base weights in memory; "nf4" or "int8" when quantised.
+        trained: the weights that are trained: the adapter, or the whole base.
+        optimizer: the optimizer's state.
+    """
+
+    compute: str
+    base: str
+    trained: str = "float32"
+    optimizer: str = "float32"
+
+
+def precision(options: ModelOptions, method: str, compute: str) -> Precision:
+    """What each part is kept in.
+
+    Trained weights are float32 whatever the base is: a bfloat16 weight has 8 bits of mantissa, so an update below 1/256
+    of its size is lost, which freezes small updates.
+
+    Args:
+        options: the model section.
+        method: the adapter's method; "none" trains the base itself.
+        compute: the precision of matrix products, resolved.
+    """
+    if method == "none":
+        return Precision(compute=compute, base="float32")
+    base = compute if options.quantization == "none" else options.quantization
+    return Precision(compute=compute, base=base)
+
+
+def attention(options: ModelOptions, device: str, longest: int) -> str:
+    """The attention kernel for rows of at most `longest` tokens on a device type."""
+    if options.attn_implementation != "auto":
+        return options.attn_implementation
+    return "eager" if device == "cpu" and longest <= EAGER_UP_TO else "sdpa"
+
+
+def load_tokenizer(options: ModelOptions, base: Base) -> Tokenizer:
+    """The tokenizer of a fetched base.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    assert base.folder is not None, "a base is fetched before it is loaded"
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_loaded(options, "tokenizer", error) from error
+    if tokenizer.pad_token_id is None:
+        # Only padding positions carry it, and those are masked by position, never by this id.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _not_loaded(options: ModelOptions, part: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"model.name_or_path: cannot load the {part} of {options.name_or_path}: {reason}; check that it is a causal "
+        "language model that the installed transformers knows, and that the folder holds all of it"
+    )
+
+
+def _quantization(options: ModelOptions, compute: str) -> BitsAndBytesConfig | None:
+    if options.quantization == "none":
+        return None
+    try:
+        import bitsandbytes  # noqa: F401 - only its presence is asked here
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"model.quantization: {options.quantization} needs bitsandbytes: pip install 'finetune-recipes[quant]'"
+        ) from error
+    if options.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, compute),
+    )
+
+
+def load_base(
+    options: ModelOptions, base: Base, kept: Precision, attn_implementation: str, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base model in memory.
+
+    Args:
+        options: the model section.
+        base: the fetched base.
+        kept: the precisions, from `precision`.
+        attn_implementation: resolved kernel name, from `attention`.
+        device: where to put the weights; None leaves them where the trainer moves them from.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or some are missing from the files.
+        EnvironmentFault: quantisation was asked for and bitsandbytes is not installed.
+    """
+    assert base.folder is not None, "a base is fetched before it is loaded"
+    quantization = _quantization(options, kept.compute)
+    dtype = getattr(torch, kept.compute if quantization is not None else kept.base)
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": options.trust_remote_code,
+        "output_loading_info": True,
+    }
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+        arguments["device_map"] = {"": device if device is not None else "cpu"}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(base.folder, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loaded(options, "model", error) from error
+    _refuse_missing(options.name_or_path, report)
+    model.config.use_cache = False
+    if quantization is None and device is not None:
+        model.to(device)
+    return model
+
+
+def _refuse_missing(name: str, report: dict[str, Any]) -> None:
+    """transformers fills weights that no file holds with random numbers; that is never what a user wants."""
+    missing = sorted(report.get("missing_keys") or ())
+    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
+    if missing or mismatched:
+        lines = [f"  {key}: in no file" for key in missing[:10]] + [f"  {key}: wrong shape" for key in mismatched[:10]]
+        raise ModelError(
+            f"the base model {name} lacks {len(missing) + len(mismatched)} weights, which would be random:\n"
+            + "\n".join(lines)
+            + "\ndownload the model again, or name the right one"
+        )
+
+
+def quantized_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Full names of the layers that bitsandbytes holds in 4 or 8 bits; a correct merge must know them."""
+    return tuple(n for n, m in model.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
+
+
+def stop_ids(tokenizer: Tokenizer, base: Base) -> frozenset[int]:
+    """The token ids that end an answer: the tokenizer's, the config's and the generation config's end tokens."""
+    assert base.folder is not None, "a base is fetched before it is loaded"
+    found: set[int] = set()
+    file = base.folder / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for value in (tokenizer.eos_token_id, base.config.get("eos_token_id"), generation.get("eos_token_id")):
+        if isinstance(value, int):
+            found.add(value)
+        elif isinstance(value, list):
+            found.update(item for item in value if isinstance(item, int))
+    return frozenset(found)

@@ -1,0 +1,154 @@
+"""Where recipe keys become trainer arguments: one line per argument, nothing implied.
+
+TRL and transformers have defaults of their own (gradient checkpointing on, bfloat16 on, NaN filtered from the log);
+whatever matters is stated here, so that what a run did can be read off its recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl import SFTConfig
+
+from finetune.errors import RecipeError
+from finetune.recipe.sections import LaunchOptions, TrainingOptions
+from finetune.registry import nearest
+
+LARGEST_DEFAULT_MICRO_BATCH = 8
+NEVER = 10**9  # a step that no run reaches: the final checkpoint is written whatever save_steps says
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is made up: per_device x accumulation x processes rows per optimizer step."""
+
+    per_device: int
+    accumulation: int
+    processes: int
+
+    def __str__(self) -> str:
+        rows = self.per_device * self.accumulation * self.processes
+        return (
+            f"{self.per_device} per device x {self.accumulation} accumulated x {self.processes} "
+            f"{'process' if self.processes == 1 else 'processes'} = {rows} rows a step"
+        )
+
+
+def batch_shape(options: TrainingOptions, processes: int) -> BatchShape:
+    """Split `global_batch_size` over processes and micro-batches.
+
+    Raises:
+        RecipeError: it cannot be split evenly.
+    """
+    total = options.global_batch_size
+    if total % processes:
+        raise RecipeError(
+            f"training.global_batch_size: {total} rows cannot be shared evenly by {processes} processes; "
+            f"choose a multiple of {processes}"
+        )
+    share = total // processes
+    per_device = options.per_device_train_batch_size
+    if per_device is None:
+        per_device = max(n for n in range(1, min(share, LARGEST_DEFAULT_MICRO_BATCH) + 1) if share % n == 0)
+    if share % per_device:
+        raise RecipeError(
+            f"training.per_device_train_batch_size: {per_device} does not divide the {share} rows that one of "
+            f"{processes} processes has of global_batch_size {total}"
+        )
+    return BatchShape(per_device, share // per_device, processes)
+
+
+def check_extra(extra: dict[str, Any]) -> None:
+    """Compare `training.extra` with the installed SFTConfig.
+
+    Raises:
+        RecipeError: keys it does not have, each with the nearest it has.
+    """
+    known = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
+    faults = []
+    for key in extra:
+        if key not in known:
+            near = nearest(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            faults.append(f"training.extra.{key}: SFTConfig has no such argument{hint}")
+    if faults:
+        raise RecipeError("\n".join(faults))
+
+
+def trainer_arguments(
+    options: TrainingOptions,
+    launch: LaunchOptions,
+    shape: BatchShape,
+    checkpoints: Path,
+    compute: str,
+    device: str,
+    validates: bool,
+) -> SFTConfig:
+    """The arguments of TRL's trainer.
+
+    Args:
+        options: the training section.
+        launch: the launch section.
+        shape: from `batch_shape`.
+        checkpoints: folder for checkpoints.
+        compute: precision of matrix products: "bfloat16", "float16" or "float32".
+        device: torch device type.
+        validates: whether there are validation rows.
+
+    Raises:
+        RecipeError: `training.extra` is refused by SFTConfig, or a key would do nothing.
+    """
+    check_extra(options.extra)
+    for key in ("eval_steps", "per_device_eval_batch_size"):
+        if getattr(options, key) is not None and not validates:
+            raise RecipeError(f"training.{key}: does nothing without data.validation; name validation rows or remove it")
+    checkpointing = options.activation_checkpointing
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "per_device_train_batch_size": shape.per_device,
+        "per_device_eval_batch_size": options.per_device_eval_batch_size or shape.per_device,
+        "gradient_accumulation_steps": shape.accumulation,
+        "learning_rate": options.learning_rate,
+        "num_train_epochs": options.num_train_epochs,
+        "max_steps": options.max_steps or -1,
+        "lr_scheduler_type": options.lr_scheduler_type,
+        "warmup_steps": options.warmup_steps,
+        "optim": options.optim,
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "seed": options.seed,
+        "bf16": compute == "bfloat16",
+        "fp16": compute == "float16",
+        "activation_checkpointing": device != "cpu" if checkpointing == "auto" else checkpointing,
+        "gradient_checkpointing": False,
+        "logging_strategy": "steps",
+        "logging_steps": options.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if options.eval_steps else "no",
+        "eval_steps": options.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": options.save_steps or NEVER,
+        "save_total_limit": options.save_total_limit,
+        "report_to": [],
+        "disable_tqdm": True,
+        "log_level": "error",
+        "use_cpu": device == "cpu",
+        "ddp_timeout": int(launch.timeout),
+        "ddp_find_unused_parameters": False,
+        "average_tokens_across_devices": True,
+        "dataloader_pin_memory": device != "cpu",
+        "remove_unused_columns": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": False,
+        "include_num_input_tokens_seen": "no",
+    }
+    try:
+        return SFTConfig(**{**arguments, **options.extra})
+    except (TypeError, ValueError) as error:
+        place = "training.extra" if options.extra else "training"
+        raise RecipeError(f"{place}: refused by the trainer: {error}") from error

@@ -1,0 +1,189 @@
+"""What watches a run: the metrics file, the progress line, the stop signal and the check that the adapter moves."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.errors import ModelError
+from finetune.files import disk_errors
+from finetune.run.folder import RunFolder
+
+# Two optimizer steps with a learning rate above zero: the first moves lora_B off zero wherever a gradient arrives.
+STEPS_UNTIL_MOVED = 2
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged figure to metrics.jsonl, on rank 0."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """One line per log; figures that JSON cannot hold (NaN) become null."""
+        if not state.is_world_process_zero:
+            return
+        logs = given.get("logs") or {}
+        line = {"step": state.global_step, "time": round(time.time(), 3)}
+        line.update({key: value if _is_json_number(value) else None for key, value in logs.items()})
+        with disk_errors(self.folder.metrics), open(self.folder.metrics, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def _is_json_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+class Progress(TrainerCallback):
+    """A live line on a terminal, a line per tenth elsewhere: step, loss, tokens per second, time left."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.started = 0.0
+        self.first_step = 0
+        self.printed = -1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """The clock starts here, so that loading does not count as training."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Draw the newest figures."""
+        logs = given.get("logs") or {}
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self._write(f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}", True)
+            return
+        if "loss" not in logs:
+            return
+        done = max(1, state.global_step - self.first_step)
+        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        line = (
+            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"{logs.get('tokens_per_second', 0):.0f} tokens/s  {_clock(left)} left"
+        )
+        tenth = 10 * state.global_step // max(1, state.max_steps)
+        keep = tenth != self.printed or state.global_step >= state.max_steps
+        self.printed = tenth
+        self._write(line, keep)
+
+    def _write(self, line: str, keep: bool) -> None:
+        if self.stream.isatty():
+            self.stream.write(f"\r\x1b[2K{line}" + ("\n" if keep and "validation" in line else ""))
+        elif keep:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Leave the live line behind."""
+        if state.is_world_process_zero and self.stream.isatty():
+            self.stream.write("\n")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class StopSignal(TrainerCallback):
+    """SIGINT, SIGTERM or SIGUSR1: finish the step, write a checkpoint, stop. A second signal stops at once.
+
+    All ranks stop at the same step: after each step they agree on whether any of them was told to.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.stopped = False
+        self._group: Any = None
+        self._previous: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take over the signals; only the main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """A group over the CPU, so that asking costs an accelerator nothing."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Agree, then stop with a checkpoint, unless this was the last step anyway."""
+        told = self.received is not None
+        if self._group is not None:
+            flag = torch.tensor([int(told)])
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+            told = bool(flag.item())
+        if told and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class AdapterMoves(TrainerCallback):
+    """After the first steps every adapted module must have left zero, or the run stops and names those that have not."""
+
+    def __init__(self, untrained: Callable[[PeftModel], list[str]], steps: int = STEPS_UNTIL_MOVED) -> None:
+        self.untrained = untrained
+        self.steps = steps
+        self.moved = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Counts steps whose learning rate was above zero, and looks once."""
+        if self.moved >= self.steps:
+            return
+        scheduler = given.get("lr_scheduler")
+        # The scheduler has stepped already: the rate of the step just made is the one of the step before.
+        rates = [fn(state.global_step - 1) for fn in getattr(scheduler, "lr_lambdas", [])]
+        self.moved += 1 if not rates or any(rate > 0 for rate in rates) else 0
+        if self.moved < self.steps:
+            return
+        still = self.untrained(given["model"])
+        if still:
+            raise ModelError(
+                f"after {state.global_step} steps the adapter of {len(still)} modules is still zero, so nothing trains "
+                f"it: {', '.join(still[:8])}{' …' if len(still) > 8 else ''}; leave them out of adapter.target_modules, "
+                "or report this if they should train"
+            )

@@ -1,0 +1,105 @@
+"""The adapter's model card: facts of the run, no placeholder, no path of this machine."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says.
+
+    Attributes:
+        title: the model's name.
+        base: hub id of the base, or the name of its folder.
+        licence: SPDX name, or None where the base's card states none.
+        method: training method and adapter, in words.
+        data: names of the training sources, without folders.
+        figures: rows of the table of settings and results.
+        versions: package to version.
+        library: "peft" for an adapter, "transformers" for whole weights.
+    """
+
+    title: str
+    base: str
+    licence: str | None
+    method: str
+    data: tuple[str, ...]
+    figures: dict[str, Any]
+    versions: dict[str, str]
+    library: str = "peft"
+    tags: tuple[str, ...] = field(default=("finetune",))
+
+
+def base_facts(name_or_path: str) -> tuple[str, str | None]:
+    """The base's public name and licence: from its own card where it is a local folder, else its hub id."""
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        return name_or_path, None
+    matter: dict[str, Any] = {}
+    card = folder / "README.md"
+    if card.is_file() and (found := _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))):
+        try:
+            loaded = yaml.safe_load(found.group(1))
+        except yaml.YAMLError:
+            loaded = None
+        matter = loaded if isinstance(loaded, dict) else {}
+    base = matter.get("base_model")
+    if isinstance(base, list):
+        base = base[0] if base else None
+    licence = matter.get("license")
+    return str(base or folder.resolve().name), str(licence) if licence else None
+
+
+def card(facts: CardFacts) -> str:
+    """The card as Markdown with the hub's front matter."""
+    matter: dict[str, Any] = {"base_model": facts.base, "library_name": facts.library}
+    if facts.licence:
+        matter["license"] = facts.licence
+    matter["pipeline_tag"] = "text-generation"
+    matter["tags"] = list(facts.tags)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.figures.items())
+    stack = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
+    return f"""---
+{front}---
+
+# {facts.title}
+
+{facts.method} of `{facts.base}`, trained on {", ".join(f"`{name}`" for name in facts.data)}.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+{_USE[facts.library].replace("BASE", facts.base)}
+
+Made with {stack}.
+"""
+
+
+_USE = {
+    "peft": """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("BASE")
+model = PeftModel.from_pretrained(base, "this folder")
+tokenizer = AutoTokenizer.from_pretrained("BASE")
+```""",
+    "transformers": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```""",
+}

@@ -1,0 +1,190 @@
+"""The run folder: what a run leaves behind, and who may write into it.
+
+    recipe.yaml      the resolved recipe, with what `auto` became
+    run.json         versions, base model, data fingerprints, seeds, command, git state, hardware
+    metrics.jsonl    every logged figure, one JSON object a line: the truth that trackers mirror
+    checkpoints/     resumable states; each is written whole or not at all
+    adapter/         the product, in PEFT's layout (model/ for full fine-tuning)
+    tracking/        logs and states of the trackers
+    probe.json       token ids of a few training rows, on which a merge is compared
+    exit.json        how the run ended: exit code, reason, last step
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RefusedError
+from finetune.files import disk_errors, manifest_faults, write_json, write_text
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping, or an empty one when the file is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run's folder, and its state."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def record(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def exit(self) -> Path:
+        return self.root / "exit.json"
+
+    @property
+    def probe(self) -> Path:
+        return self.root / "probe.json"
+
+    @property
+    def product(self) -> Path | None:
+        """The finished adapter or model; None before the run has one."""
+        return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
+
+    def begin(self, recipe: str, record: dict[str, Any], probe: list[list[int]], continued_from: int | None) -> None:
+        """Make the folder's first files, right before the first step, so that a start that fails leaves nothing.
+
+        Args:
+            recipe: the resolved recipe as YAML.
+            record: what run.json says.
+            probe: token ids of a few training rows, on which a merge is compared.
+            continued_from: the step a run is continued from; None for a new run, which replaces an old one.
+        """
+        with disk_errors(self.root):
+            if continued_from is None:
+                shutil.rmtree(self.root, ignore_errors=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.exit.unlink(missing_ok=True)
+        self.cut_metrics(continued_from or 0)
+        write_text(self.recipe, recipe)
+        write_json(self.probe, probe)
+        write_json(self.record, record)
+
+    def write_exit(self, code: int, reason: str, step: int, facts: dict[str, Any] | None = None) -> None:
+        """Say how the run ended; launchers turn a rank's exit code into 1, this file keeps the true one.
+
+        Args:
+            code: the exit code.
+            reason: why, in words.
+            step: the last optimizer step made.
+            facts: what a finished run reports.
+        """
+        ended = {"exit_code": code, "reason": reason, "step": step, "ended": now()}
+        write_json(self.exit, {**ended, "facts": facts} if facts else ended)
+
+    def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and why newer ones were passed over."""
+        passed_over = []
+        for path in sorted(self._checkpoints(), key=_step_of, reverse=True):
+            faults = manifest_faults(path)
+            if not faults:
+                return path, passed_over
+            passed_over.append(f"{path.name}: {'; '.join(faults[:3])}")
+        return None, passed_over
+
+    def _checkpoints(self) -> list[Path]:
+        if not self.checkpoints.is_dir():
+            return []
+        return [path for path in self.checkpoints.iterdir() if path.is_dir() and _CHECKPOINT.match(path.name)]
+
+    def rotate(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints."""
+        for path in sorted(self._checkpoints(), key=_step_of)[:-keep]:
+            shutil.rmtree(path)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop metrics of steps after `step`: a resumed run walks them again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # the half line of a killed writer
+        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(path: Path) -> int:
+    match = _CHECKPOINT.match(path.name)
+    assert match is not None, f"{path} is not a checkpoint"
+    return int(match.group(1))
+
+
+def claim(root: Path, recipe_hash: str, overwrite: bool) -> tuple[RunFolder, bool]:
+    """Choose a folder for a run, or take up the run that stands there. Nothing is written or removed yet.
+
+    Args:
+        root: the recipe's output_dir.
+        recipe_hash: hash of the resolved recipe.
+        overwrite: a run that stands there may be replaced.
+
+    Returns:
+        The folder, and whether an unfinished run of the same recipe is continued.
+
+    Raises:
+        RefusedError: the folder holds another run, a finished run, or files that are no run's.
+    """
+    folder = RunFolder(root)
+    if root.exists() and not root.is_dir():
+        raise RefusedError(f"output_dir: {root} is a file; choose a folder")
+    if not root.is_dir() or not any(root.iterdir()):
+        return folder, False
+    if not folder.record.is_file():
+        raise RefusedError(f"output_dir: {root} holds files that are no run's; choose an empty or new folder")
+    if overwrite:
+        return folder, False
+    if read_json(folder.record).get("recipe_hash") != recipe_hash:
+        raise RefusedError(
+            f"output_dir: {root} holds a run of another recipe; choose another output_dir, or pass --overwrite to "
+            "remove that run"
+        )
+    if folder.product is not None:
+        raise RefusedError(
+            f"output_dir: the run in {root} is finished; use its {folder.product.name}/, choose another output_dir, "
+            "or pass --overwrite to train again"
+        )
+    return folder, True

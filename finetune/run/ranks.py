@@ -1,0 +1,162 @@
+"""The processes of a run: start their group, prove it is the one asked for, and that all hold the same.
+
+A launcher, Accelerate and the trainer can disagree about how many processes there are without a word: two processes
+that each believe to be alone train the same rows and write into one folder; with other settings gradients are never
+synchronised. So the world asked for, the launcher's, the trainer's and the wrapper are compared before the first step,
+and the trained weights after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.errors import EnvironmentFault, HardwareError, RefusedError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those the launcher started."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """As the launcher's environment says; one process where it says nothing."""
+    value = os.environ.get
+    return World(int(value("RANK", "0")), int(value("LOCAL_RANK", "0")), int(value("WORLD_SIZE", "1")))
+
+
+def check_asked(asked: int | None, launched: World) -> None:
+    """Compare `launch.num_processes` with what the launcher started.
+
+    Raises:
+        HardwareError: they differ.
+    """
+    if asked is not None and asked != launched.size:
+        raise HardwareError(
+            f"launch.num_processes: the recipe asks for {asked} processes and the launcher started {launched.size}; "
+            "start it with `finetune train`, or give the launcher the same number"
+        )
+
+
+def start(launched: World, device: str, timeout: float) -> None:
+    """Form the process group, with the recipe's timeout, before anything else can form one without it.
+
+    Args:
+        launched: from `world`.
+        device: torch device type.
+        timeout: seconds a rank waits for another in a collective operation.
+    """
+    if launched.size == 1 or dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(launched.local_rank)
+    backend = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}.get(device, "gloo")
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_main(launched: World, make: Callable[[], Any]) -> Any:
+    """`make()` of rank 0, on every rank."""
+    box = [make() if launched.is_main else None]
+    if launched.size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(launched: World, facts: dict[str, str]) -> None:
+    """All ranks must hold the same facts (recipe, data, versions) before they train together.
+
+    Raises:
+        RefusedError: with what differs, rank by rank.
+    """
+    if launched.size == 1:
+        return
+    every: list[dict[str, str]] = [{} for _ in range(launched.size)]
+    dist.all_gather_object(every, facts)
+    lines = []
+    for name in facts:
+        values = [other.get(name, "nothing") for other in every]
+        if len(set(values)) > 1:
+            lines.append(f"  {name}: " + ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values)))
+    if lines:
+        raise RefusedError("the ranks would not train the same run:\n" + "\n".join(lines))
+
+
+def prove_world(launched: World, arguments: TrainingArguments) -> None:
+    """The trainer must see as many processes as were launched.
+
+    Raises:
+        EnvironmentFault: it does not, so that gradients would not be shared.
+    """
+    if arguments.world_size != launched.size:
+        raise EnvironmentFault(
+            f"{launched.size} processes were launched and the trainer sees {arguments.world_size}: each would train "
+            "alone and write into the same folder; start with `finetune train`, and unset ACCELERATE_USE_CPU"
+        )
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Hex SHA-256 over the bytes of tensors, in order."""
+    hashed = hashlib.sha256()
+    for tensor in tensors:
+        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
+
+
+class SameWeights(TrainerCallback):
+    """The wrapper must synchronise, and after step 1 all ranks must hold the same trained weights."""
+
+    def __init__(self, launched: World, wrapped: Callable[[], nn.Module], sharded: Callable[[], bool]) -> None:
+        """
+        Args:
+            launched: from `world`.
+            wrapped: gives the model as the trainer wrapped it.
+            sharded: whether the trainer spreads weights over ranks (DeepSpeed, FSDP), where each holds a part.
+        """
+        self.launched = launched
+        self.wrapped = wrapped
+        self.sharded = sharded
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Look at the wrapper."""
+        if self.launched.size > 1 and not self.sharded() and not isinstance(self.wrapped(), DistributedDataParallel):
+            raise EnvironmentFault(
+                f"{self.launched.size} processes and the model is wrapped in {type(self.wrapped()).__name__}, not in "
+                "DistributedDataParallel: gradients would not be shared; start with `finetune train`"
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Compare digests once, after the first step of this process."""
+        if self.launched.size == 1 or self.sharded():
+            return
+        self.launched, launched = World(0, 0, 1), self.launched
+        trained = (p for p in given["model"].parameters() if p.requires_grad)
+        agree(launched, {f"trained weights after step {state.global_step}": digest(trained)})

@@ -1,0 +1,58 @@
+"""run.json: what a run was made of, so that it can be understood and repeated."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune.files import sha256
+
+STACK = (
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
+    "deepspeed",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the stack and of finetune; packages that are not installed are left out."""
+    from finetune import __version__
+
+    found = {"python": platform.python_version(), "finetune": __version__}
+    for name in STACK:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def base_hashes(weights: tuple[Path, ...], folder: Path | None) -> dict[str, str]:
+    """SHA-256 of the base's weight, config and tokenizer files, by name; empty for a model of the hub."""
+    if folder is None:
+        return {}
+    small = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    return {path.name: sha256(path) for path in (*weights, *small) if path.is_file()}
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and cleanliness of the checkout the command runs in; empty outside of one."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "clean": not _git("status", "--porcelain", "--untracked-files=no")}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

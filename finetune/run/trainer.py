@@ -1,0 +1,235 @@
+"""TRL's SFTTrainer with a loss over the trained tokens, exact validation, whole checkpoints and a guard on numbers.
+
+The loop, the optimizer, the scheduler and the devices are the trainer's and Accelerate's. What is ours: the loss
+(TRL's goes over every token on a CPU and measures entropy and accuracy each step), the validation loss (a mean over
+tokens, not over batches), checkpoints that appear whole or not at all, and the refusal to go on with NaN.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch import Tensor, nn
+from trl import SFTTrainer
+
+from finetune.errors import NonFiniteError
+from finetune.files import MANIFEST, disk_errors, fsync_folder, fsync_tree, tree_hashes, write_json
+from finetune.run.folder import RunFolder, now
+from finetune.run.loss import TrainedTokenLoss, trained_positions
+
+# What the stock trainer adds to a checkpoint and nobody reads at a resume: pickled arguments with the hub token in
+# clear text, and a model card of placeholders.
+_NOT_KEPT = ("training_args.bin", "README.md")
+
+
+class RowCollator:
+    """Batches prepared rows: `collate` makes the tensors, this adds where the loss is and which rows are in it.
+
+    The positions are found here, on the CPU, because finding them on an accelerator would make the host wait.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Adds to the collated batch: `positions` (N,), `targets` (N,), `origins` (a name per row), `tokens` (a count)."""
+        batch: dict[str, Any] = self.collate(rows)
+        batch["positions"], batch["targets"] = trained_positions(batch["labels"])
+        batch["origins"] = [name for row in rows for name in _origins(row)]
+        batch["tokens"] = sum(len(row["input_ids"]) for row in rows)
+        return batch
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc] - TRL ships no types
+    """The training loop of a run.
+
+    Attributes:
+        folder: the run's folder.
+        saved_seconds: wall time spent in writing checkpoints.
+    """
+
+    def __init__(self, *, folder: RunFolder, collate: RowCollator, **arguments: Any) -> None:
+        """
+        Args:
+            folder: the run's folder.
+            collate: makes batches of prepared rows.
+            arguments: SFTTrainer's own.
+        """
+        super().__init__(data_collator=collate, **arguments)
+        self.folder = folder
+        self.saved_seconds = 0.0
+        self._keep_trained_weights_float32()
+        self._loss = TrainedTokenLoss(self.model, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        self._seen = torch.zeros(2, dtype=torch.float64)  # tokens, trained tokens since the last log, this rank
+        self._logged_at = time.monotonic()
+        self._micro_losses: list[Tensor] = []
+        self._origins: list[str] = []
+
+    def _keep_trained_weights_float32(self) -> None:
+        """TRL casts the adapter of a quantised base to bfloat16, which freezes small updates."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+
+    # -- loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The summed loss of a micro-batch over the trained tokens of the whole global batch.
+
+        Args:
+            model: the wrapped model.
+            inputs: a batch of `RowCollator`.
+            return_outputs: refused; nothing here needs logits.
+            num_items_in_batch: trained tokens of all micro-batches and ranks of this step.
+        """
+        assert not return_outputs, "logits are never built"
+        assert num_items_in_batch is not None, "the trainer counts the trained tokens of every step"
+        inputs = dict(inputs)
+        inputs.pop("labels")  # counted by the trainer already
+        self._origins += inputs.pop("origins")
+        positions, targets, tokens = inputs.pop("positions"), inputs.pop("targets"), inputs.pop("tokens")
+        total = self._loss(model, inputs, positions, targets)
+        # DDP averages gradients over ranks, and the divisor counts the tokens of all ranks.
+        loss = total / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        self._micro_losses.append(loss.detach())
+        self._seen += torch.tensor([tokens, targets.numel()], dtype=torch.float64)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Runs once per optimizer step, before the optimizer: the last moment to refuse a non-finite update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is None:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        loss = torch.stack([value.float() for value in self._micro_losses]).sum()
+        bad = torch.tensor([0.0 if bool(torch.isfinite(loss)) and _finite(norm) else 1.0], device=self.args.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        origins, self._origins, self._micro_losses = self._origins, [], []
+        if bad.item():
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: loss {float(loss):g}, gradient norm {float(norm):g}; the update "
+                f"was not made. Rows of this step on rank {self.args.process_index}: {_short(origins)}. Lower "
+                "training.learning_rate, look at those rows, or use a wider model.dtype; the newest checkpoint is "
+                "from before this step"
+            )
+        return norm
+
+    # -- validation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss per trained token over all validation rows, whatever the batches and ranks."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        world, rank, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
+        mine = list(range(rank, len(rows), world))
+        batches = -(-(-(-len(rows) // world)) // size)  # the same on every rank: a sharded forward is collective
+        training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for number in range(batches):
+            picked = mine[number * size : (number + 1) * size]
+            batch = self._prepare_inputs(self.data_collator([rows[i] for i in picked or [0]]))
+            positions, targets = batch.pop("positions"), batch.pop("targets")
+            for name in ("labels", "origins", "tokens"):
+                batch.pop(name)
+            with self.compute_loss_context_manager():
+                total = self._loss(self.model, batch, positions, targets)
+            if picked:
+                sums += torch.stack([total.double(), torch.tensor(float(targets.numel()), device=sums.device).double()])
+        self.model.train(training)
+        if world > 1:
+            dist.all_reduce(sums)
+        metrics = {f"{metric_key_prefix}_loss": (sums[0] / sums[1].clamp(min=1)).item()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- metrics -------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens per second, over all ranks, since the last log of training figures."""
+        if "loss" in logs:
+            seen = self.accelerator.gather(self._seen.to(self.args.device, torch.float32)[None]).sum(0)
+            elapsed = time.monotonic() - self._logged_at
+            logs["tokens_per_second"] = round(float(seen[0]) / max(elapsed, 1e-9), 1)
+            logs["trained_tokens"] = int(seen[1])
+            self._seen.zero_()
+            self._logged_at = time.monotonic()
+        # Past SFTTrainer's own log, which would add averages of metrics that are not measured here.
+        super(SFTTrainer, self).log(logs, start_time)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @property
+    def _staging(self) -> Path:
+        return self.folder.checkpoints / ".staging"
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a checkpoint beside its place, and rename it there when it is whole and on the disk."""
+        started = time.monotonic()
+        target = self.folder.checkpoints / f"checkpoint-{self.state.global_step}"
+        if target.exists():
+            return
+        with disk_errors(target):
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._commit(self._staging / target.name, target)
+            finally:
+                if self.args.should_save:
+                    shutil.rmtree(self._staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        seconds = time.monotonic() - started
+        self.saved_seconds += seconds
+        self._logged_at += seconds  # a save is not training time
+
+    def _commit(self, staged: Path, target: Path) -> None:
+        for name in _NOT_KEPT:
+            for path in staged.rglob(name):
+                path.unlink()
+        facts = {"step": self.state.global_step, "world_size": self.args.world_size, "written": now()}
+        write_json(staged / MANIFEST, {**facts, "files": tree_hashes(staged)})
+        fsync_tree(staged)
+        staged.rename(target)
+        fsync_folder(target.parent)
+        self.folder.rotate(self.args.save_total_limit)
+
+
+def _origins(row: dict[str, Any]) -> list[str]:
+    """`source:row` of the raw row, or of each raw row that was packed into this one."""
+    if isinstance(row["source"], list):
+        return [f"{source}:{number}" for source, number in zip(row["source"], row["row"], strict=True)]
+    return [f"{row['source']}:{row['row']}"]
+
+
+def _finite(value: Any) -> bool:
+    return bool(torch.isfinite(torch.as_tensor(float(value))))
+
+
+def _short(names: list[str], most: int = 16) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
