@@ -188,9 +188,9 @@ def _joined(prompt: str, through: str, conversation: Conversation, turn: int, te
     probes = [
         template.render((*messages[:turn], {**messages[turn], "content": mark}), tools) for mark in ("0 0", "1 1")
     ]
-    header = _common(*probes)
+    header = _shared_start(*probes)
     known = bool(messages[turn]["content"].strip()) and prompt.startswith(header) and through.startswith(header)
-    added = prompt[len(_common(prompt, through)) :]
+    added = prompt[len(_shared_start(prompt, through)) :]
     if known and _closed(prompt[len(header) :]):
         return prompt + through[len(header) :]
     raise DataError(
@@ -200,7 +200,7 @@ def _joined(prompt: str, through: str, conversation: Conversation, turn: int, te
     )
 
 
-def _common(one: str, other: str) -> str:
+def _shared_start(one: str, other: str) -> str:
     """What both texts begin with."""
     length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[:length]
