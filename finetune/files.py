@@ -22,6 +22,7 @@ from typing import Any
 from finetune.errors import DiskError, RefusedError
 
 MANIFEST = "manifest.json"
+_NEARLY_FULL = 64 * 2**20  # bytes free below which torch's writer is taken to have failed for want of space
 
 
 def _umask() -> int:
@@ -37,16 +38,27 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(existing_parent(path)).free
-            raise DiskError(
-                f"{path}: no space left on the disk ({free / 2**20:.0f} MiB free); free some space or choose "
-                "another output_dir, then run the same command again"
-            ) from error
+            raise _no_space(path) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DiskError(f"{path}: cannot write here ({error.strerror}); choose another output_dir") from error
         if error.errno == errno.EIO:
             raise DiskError(f"{path}: the disk reported an I/O error; check the disk") from error
         raise
+    except Exception as error:
+        # safetensors and torch report a full disk in exceptions of their own, without an errno.
+        full = "os error 28" in str(error) or "No space left" in str(error)
+        stream_broke = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
+        if full or (stream_broke and shutil.disk_usage(existing_parent(path)).free < _NEARLY_FULL):
+            raise _no_space(path) from error
+        raise
+
+
+def _no_space(path: Path) -> DiskError:
+    free = shutil.disk_usage(existing_parent(path)).free
+    return DiskError(
+        f"{path}: no space left on the disk ({free / 2**20:.0f} MiB free); free some space or choose another "
+        "output_dir, then run the same command again"
+    )
 
 
 def existing_parent(path: Path) -> Path:

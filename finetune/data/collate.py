@@ -148,3 +148,31 @@ def isolation_gap(model: torch.nn.Module, collator: PackedCollator, rows: Sequen
     finally:
         model.train(training)
     return gap
+
+
+@torch.no_grad()
+def leak(model: torch.nn.Module, collator: PackedCollator, row: Feature) -> float:
+    """How far the logits of a packed row's last document move when the documents before it change.
+
+    Shapes and places stay the same, so without a leak not one bit differs, whatever the precision.
+
+    Args:
+        model: a causal language model; its training mode is restored.
+        collator: the one that training uses.
+        row: a packed row (see pack.join) of at least two documents.
+    """
+    device = next(model.parameters()).device
+    last = row["seq_lengths"][-1]
+    ids = list(row["input_ids"])
+    before = len(ids) - last
+    changed = {**row, "input_ids": [*reversed(ids[:before]), *ids[before:]]}
+    training = model.training
+    model.eval()
+    try:
+        found = []
+        for version in (row, changed):
+            batch = {key: value.to(device) for key, value in collator([version]).items() if key != "labels"}
+            found.append(model(**batch, use_cache=False).logits[0, before : before + last])
+    finally:
+        model.train(training)
+    return float((found[0] - found[1]).abs().max())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,10 +153,11 @@ def _scale(config: dict[str, Any], module: str, r: int) -> float:
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches, as PEFT looks patterns up."""
-    from peft.utils import get_pattern_key
-
-    return (patterns or {}).get(get_pattern_key((patterns or {}).keys(), module), default)
+    """The value of the first pattern that matches the module's name, or its end, as PEFT looks patterns up."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
 
 
 def requantiser(facts: dict[str, Any]) -> Callable[[str, Tensor], Tensor]:

@@ -1,0 +1,90 @@
+"""Held-out rows become questions: the prompt a server would send, and the answer it should give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune.data.examples import Located, examples, refuse
+from finetune.data.render import ChatTemplate, chat_template, trained_turns
+from finetune.errors import DataError
+from finetune.formats.example import Conversation, Fault, PromptCompletion, RowError
+from finetune.recipe.sections import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row to answer.
+
+    Attributes:
+        prompt: token ids of everything before the answer, with the generation prompt.
+        shown: the last message before the answer, for a reader.
+        reference: the right answer.
+        place: `file:line`.
+    """
+
+    prompt: tuple[int, ...]
+    shown: str
+    reference: str
+    place: str
+
+
+def questions(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    template_file: str | None,
+    stop_ids: frozenset[int],
+    limit: int | None = None,
+) -> list[Question]:
+    """The last assistant turn of each chat, or the completion of each prompt, as a question.
+
+    Args:
+        sources: held-out rows.
+        tokenizer: the model's.
+        template_file: a Jinja file in place of the tokenizer's chat template.
+        stop_ids: tokens that end a turn.
+        limit: at most so many rows, from the start.
+
+    Raises:
+        DataError: rows that cannot be asked, all of them counted.
+    """
+    found: list[Question] = []
+    faults: list[Fault] = []
+    template: ChatTemplate | None = None
+    for source in sources:
+        for item in examples(source):
+            if isinstance(item, Fault):
+                faults.append(item)
+                continue
+            if limit is not None and len(found) >= limit:
+                break
+            if template is None and isinstance(item.example, Conversation):
+                template = chat_template(tokenizer, template_file, stop_ids)
+            try:
+                found.append(_question(item, tokenizer, template))
+            except RowError as error:
+                faults += [Fault(f.field, f.found, f.expected, f.fix, item.place) for f in error.faults]
+    refuse(faults)
+    if not found:
+        raise DataError("evaluate.data holds no rows; name held-out rows")
+    return found
+
+
+def _question(item: Located, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Question:
+    example = item.example
+    if isinstance(example, PromptCompletion):
+        ids = tokenizer(example.prompt)["input_ids"]
+        return Question(tuple(ids), example.prompt, example.completion, item.place)
+    if not isinstance(example, Conversation):
+        fault = Fault("", "plain text", "a chat, or a prompt with its completion", "evaluate on such rows", item.place)
+        raise RowError([fault])
+    assert template is not None, "chats come with a template"
+    turn = trained_turns(example, "last_assistant")[-1]
+    text = template.render(example.messages[:turn], example.tools, asking=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    shown = str(example.messages[turn - 1].get("content", "")) if turn else ""
+    return Question(tuple(ids), shown, str(example.messages[turn].get("content") or ""), item.place)

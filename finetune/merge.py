@@ -1,0 +1,213 @@
+"""`finetune merge`: fold an adapter into its base, reload the result from disk, and compare it with base plus adapter.
+
+The folder appears under its name only when the proof holds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ExportError, RecipeError, RefusedError
+from finetune.recipe.load import load_recipe
+from finetune.recipe.sections import ExportOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from finetune.model.folder import Base
+    from finetune.run.product import Product
+
+# A merged weight is rounded once to the output's precision. What that rounding may cost, as a share of what the adapter
+# does: mean divergence from base + adapter, over mean divergence of base + adapter from the base.
+LARGEST_LOSS = 0.02
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def run(
+    target: str, *, output: str | None = None, dtype: str | None = None, verify: bool = True, as_json: bool = False
+) -> dict[str, Any]:
+    """Merge a run's adapter, or an adapter folder.
+
+    Args:
+        target: run or adapter folder.
+        output: where to; `merged` beside the adapter by default. Must not exist.
+        dtype: precision of the merged weights; the recipe's export.dtype by default.
+        verify: reload and compare; without it the result is called unproved.
+        as_json: the caller prints the returned facts.
+
+    Returns:
+        `output`, `proved`, the merge's report, and with `verify` the proof.
+
+    Raises:
+        ExportError: the adapter does not fit the base, or the proof fails; nothing is left behind then.
+        RefusedError: the output exists.
+    """
+    from finetune.exports import merged as merged_export
+    from finetune.files import staged_folder, write_json
+    from finetune.model.fetch import fetch
+    from finetune.model.folder import find
+    from finetune.run.product import identify
+
+    started = time.monotonic()
+    product = identify(target)
+    if product.adapter is None:
+        raise RefusedError(f"{target}: holds whole weights already, so there is nothing to merge")
+    options, model = _options(product)
+    chosen = _dtype(dtype, options)
+    folder = Path(output) if output else product.adapter.parent / "merged"
+    if folder.exists():
+        raise RefusedError(f"{folder} exists already; remove it, or choose another place with --output")
+    base = fetch(find(product.base), model.revision, model.trust_remote_code)
+    _same_base(product, base)
+    tokenizer_from = product.adapter if (product.adapter / "tokenizer_config.json").is_file() else None
+    with staged_folder(folder, {"merged_from": {"base": base.name, "adapter": product.adapter.name}}) as staging:
+        report = merged_export.write(
+            base, product.adapter, staging, chosen, options.max_shard_size, _card(product, base), product.facts,
+            tokenizer_from,
+        )  # fmt: skip
+        _say(f"merged   {report['merged_tensors']} tensors, {report['copied_tensors']} copied; "
+             f"{report['kept_of_update']:.2%} of the update survives rounding")  # fmt: skip
+        proof: dict[str, Any] = {}
+        if verify:
+            proof = prove(product, base, model, staging)
+            write_json(staging / "proof.json", {**proof, "merge": report})
+            _refuse_unproved(proof, chosen, report)
+    facts = {"output": str(folder), "proved": verify, **report, "seconds": round(time.monotonic() - started, 1)}
+    if verify:
+        facts["proof"] = proof
+    if not as_json:
+        _say_done(facts)
+    return facts
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _options(product: Product) -> tuple[ExportOptions, ModelOptions]:
+    """Export and model sections of the recipe beside the adapter, or their defaults."""
+    if product.recipe is None:
+        return ExportOptions(), ModelOptions(name_or_path=product.base)
+    recipe = load_recipe(product.recipe).recipe
+    return recipe.export, recipe.model
+
+
+def _dtype(asked: str | None, options: ExportOptions) -> str:
+    if asked is None:
+        return options.dtype
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    name = short.get(asked, asked)
+    if name not in DTYPES:
+        raise RecipeError(f"--dtype: {asked!r} is no precision; choose one of {', '.join((*DTYPES, *short))}")
+    return name
+
+
+def _same_base(product: Product, base: Base) -> None:
+    """The base must hold the very bytes that were trained on.
+
+    Raises:
+        ExportError: a file differs.
+    """
+    from finetune.run.record import base_hashes
+
+    trained_on = (product.facts.get("base") or {}).get("sha256") or {}
+    weights = {path.name for path in base.weights} | {"config.json"}
+    now = base_hashes(base.weights, base.folder)
+    differ = sorted(name for name, value in trained_on.items() if name in weights and now.get(name) != value)
+    if differ:
+        raise ExportError(
+            f"{base.name} is not the base that was trained on: {', '.join(differ)} changed since; restore it, or train "
+            "again on the new one"
+        )
+
+
+def _card(product: Product, base: Base) -> str:
+    """The adapter's card, retold for whole weights."""
+    from finetune.run.card import CardFacts, base_facts, card
+    from finetune.run.folder import read_json
+    from finetune.run.record import versions
+
+    name, licence = base_facts(product.base)
+    record = read_json(product.folder / "run.json")
+    trained = ((record.get("data") or {}).get("train") or {}).get("sources") or []
+    facts = CardFacts(
+        title=f"{product.folder.resolve().name}, merged",
+        base=name,
+        licence=licence,
+        method="A LoRA adapter folded into the weights",
+        data=tuple(Path(str(source.get("name", ""))).name for source in trained) or ("data its adapter's card names",),
+        figures={"trained tokens": record["data"]["train"]["trained_tokens"]} if trained else {},
+        versions={key: value for key, value in versions().items() if key in ("finetune", "torch", "safetensors")},
+        library="transformers",
+    )
+    return card(facts)
+
+
+def prove(product: Product, base: Base, options: ModelOptions, merged: Path) -> dict[str, Any]:
+    """Compare the merged weights, reloaded from disk, with base plus adapter, in float32 on the CPU.
+
+    Returns:
+        `effect`: how far the adapter moves the base; `gap`: how far the merged model is from base plus adapter; `loss`:
+        the share of the effect that the merge lost; `probe`: which rows were compared.
+    """
+    from peft import PeftModel
+
+    from finetune.model.folder import check
+    from finetune.model.load import Precision, load_base, load_tokenizer
+    from finetune.model.probe import gap, logits_of, probe_rows
+    from finetune.run.folder import RunFolder
+
+    assert product.adapter is not None, "only adapters are merged"
+    quantized = (product.facts.get("quantization") or {}).get("kind", "none")
+    as_trained = options.model_copy(update={"quantization": quantized})
+    file = RunFolder(product.folder).probe
+    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    tokenizer = load_tokenizer(options, base)
+    rows = probe_rows(own, lambda text: list(tokenizer(text)["input_ids"]))
+    kept = Precision(compute="float32", base="float32" if quantized == "none" else quantized)
+    model = PeftModel.from_pretrained(load_base(as_trained, base, kept, "eager"), str(product.adapter))
+    with_adapter = logits_of(model, rows)
+    with model.disable_adapter():
+        without = logits_of(model, rows)
+    del model
+    whole = load_base(options.model_copy(update={"quantization": "none"}), check(str(merged), merged),
+                      Precision(compute="float32", base="float32"), "eager")  # fmt: skip
+    after = logits_of(whole, rows)
+    effect, distance = gap(with_adapter, without), gap(with_adapter, after)
+    return {
+        "effect": effect.facts(),
+        "gap": distance.facts(),
+        "loss": distance.mean_kl / effect.mean_kl if effect.mean_kl else float("inf"),
+        "probe": "rows of the run" if own else "built-in texts",
+        "rows": len(rows),
+    }
+
+
+def _refuse_unproved(proof: dict[str, Any], dtype: str, report: dict[str, Any]) -> None:
+    effect, distance = proof["effect"], proof["gap"]
+    if effect["mean_kl"] == 0:
+        raise ExportError("the adapter changes nothing on the probe rows, so the merged model would equal the base")
+    if proof["loss"] > LARGEST_LOSS:
+        raise ExportError(
+            f"the merged model does not answer like base plus adapter: mean divergence {distance['mean_kl']:.3g} nats "
+            f"where the adapter moves the base by {effect['mean_kl']:.3g} ({proof['loss']:.1%} of it; at most "
+            f"{LARGEST_LOSS:.0%} is allowed). {1 - report['kept_of_update']:.1%} of the update was lost to rounding to "
+            f"{dtype}; merge with --dtype float32, or serve the adapter itself"
+        )
+
+
+def _say_done(facts: dict[str, Any]) -> None:
+    print(f"{facts['output']}: {facts['bytes'] / 1e6:,.0f} MB in {len(facts['files'])} file(s), {facts['seconds']} s")
+    if not facts["proved"]:
+        print("not proved: --no-verify skipped the comparison with base plus adapter")
+        return
+    proof = facts["proof"]
+    print(
+        f"proved: reloaded from disk, mean divergence from base + adapter {proof['gap']['mean_kl']:.2e} nats where the "
+        f"adapter moves the base by {proof['effect']['mean_kl']:.2e}; same first choice at {proof['gap']['top1']:.1%} "
+        f"of {proof['gap']['positions']} positions"
+    )
+    print(f"next: finetune evaluate {facts['output']}")
+

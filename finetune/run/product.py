@@ -1,0 +1,68 @@
+"""What a path stands for: a run, an adapter, a merged model, or a base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RefusedError
+from finetune.run.folder import RunFolder, read_json
+
+
+@dataclass(frozen=True)
+class Product:
+    """Something that answers.
+
+    Attributes:
+        folder: where results about it are written: the run's folder, else its own.
+        adapter: the adapter folder; None for whole weights.
+        base: folder or hub id of the base an adapter belongs to, or of the whole weights.
+        recipe: the recipe it was trained with, where one stands beside it.
+        facts: the adapter's finetune.json; empty for one made elsewhere.
+        label: how tables call it.
+    """
+
+    folder: Path
+    adapter: Path | None
+    base: str
+    recipe: Path | None
+    facts: dict[str, Any]
+    label: str
+
+
+def identify(target: str) -> Product:
+    """Look at `target`.
+
+    Raises:
+        RefusedError: it is nothing that answers, or a run that has no product yet.
+    """
+    path = Path(target)
+    run = RunFolder(path)
+    if run.record.is_file():
+        if run.product is None:
+            ended = read_json(run.exit).get("reason", "it has not ended")
+            raise RefusedError(f"{target}: this run has no adapter yet ({ended}); run `finetune train` again to finish it")
+        return _whole_or_adapter(run.product, path)
+    if not path.exists() and not target.startswith((".", "/", "~")) and not Path(target.split("/")[0]).exists():
+        return Product(Path(), None, target, None, {}, "model")  # a model id of the hub
+    return _whole_or_adapter(path, path)
+
+
+def _whole_or_adapter(path: Path, folder: Path) -> Product:
+    recipe = next((p for p in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if p.is_file()), None)
+    config = path / "adapter_config.json"
+    if config.is_file():
+        try:
+            base = str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RefusedError(f"{config}: cannot be read, or names no base model ({error})") from error
+        return Product(folder, path, base, recipe, read_json(path / "finetune.json"), "adapter")
+    if (path / "config.json").is_file():
+        label = "merged" if (path / "proof.json").is_file() else "model"
+        return Product(folder, None, str(path), recipe, {}, label)
+    raise RefusedError(
+        f"{path}: neither a run (run.json), nor an adapter (adapter_config.json), nor a model (config.json); "
+        "`finetune runs` lists runs"
+    )
