@@ -16,6 +16,7 @@ from finetune.registry import resolve
 if TYPE_CHECKING:
     from finetune.data.questions import Question
     from finetune.model.folder import Base
+    from finetune.plan.hardware import Hardware
     from finetune.run.product import Product
 
 SHOWN = 3
@@ -97,15 +98,16 @@ def _answer(
     product: Product, recipe: Recipe, limit: int | None, base_too: bool
 ) -> tuple[list[Question], list[tuple[str, list[str], float]]]:
     """The questions, and each model's answers with the time they took; base first."""
-    from transformers.utils import logging as transformers_logging
-
     from finetune.data.questions import questions
     from finetune.model.answer import answers
     from finetune.model.fetch import fetch
     from finetune.model.folder import find
     from finetune.model.load import load_tokenizer, stop_ids
+    from finetune.plan.hardware import detect
+    from finetune.run.say import quieten
 
-    transformers_logging.disable_progress_bar()
+    hardware = detect(recipe.launch.device)
+    quieten(hardware.device)
     options = recipe.evaluate
     model_options = recipe.model.model_copy(update={"name_or_path": product.base})
     base = fetch(find(product.base), recipe.model.revision, recipe.model.trust_remote_code)
@@ -113,7 +115,7 @@ def _answer(
     stops = stop_ids(tokenizer, base)
     asked = questions(options.data, tokenizer, recipe.data.chat_template, stops, limit)
     _say(f"{len(asked)} rows, greedy, at most {options.max_new_tokens} new tokens")
-    model = _load(product, model_options, base, recipe.launch.device)
+    model = _load(product, model_options, base, hardware)
     found: list[tuple[str, list[str], float]] = []
 
     def ask(label: str) -> None:
@@ -140,15 +142,14 @@ def _say(line: str, live: bool = False) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _load(product: Product, options: ModelOptions, base: Base, device: str) -> Any:
+def _load(product: Product, options: ModelOptions, base: Base, hardware: Hardware) -> Any:
     """The model that answers, as a server holds it: adapter and base in one precision."""
     import torch
     from peft import PeftModel
 
     from finetune.model.load import Precision, load_base
-    from finetune.plan.hardware import compute_dtype, detect
+    from finetune.plan.hardware import compute_dtype
 
-    hardware = detect(device)
     compute = compute_dtype(options.dtype, hardware)
     quantized = (product.facts.get("quantization") or {}).get("kind", "none")
     options = options.model_copy(update={"quantization": quantized})
@@ -183,7 +184,9 @@ def _facts(target: str, questions: Sequence[Question], answered: Sequence[Answer
     }
 
 
-def _write(product: Product, questions: Sequence[Question], answered: Sequence[Answered], facts: dict[str, Any]) -> Path:
+def _write(
+    product: Product, questions: Sequence[Question], answered: Sequence[Answered], facts: dict[str, Any]
+) -> Path:
     """Every answer with its score, in the run's folder or beside the model."""
     from finetune.files import write_json
 

@@ -144,9 +144,7 @@ def manifest_faults(folder: Path) -> list[str]:
     found = tree_hashes(folder)
     faults = [f"{name} is missing" for name in expected if name not in found]
     faults += [f"{name} is not in the manifest" for name in found if name not in expected]
-    faults += [
-        f"{name} differs from its hash" for name in expected if name in found and found[name] != expected[name]
-    ]
+    faults += [f"{name} differs from its hash" for name in expected if name in found and found[name] != expected[name]]
     return faults
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # A merged weight is rounded once to the output's precision. What that rounding may cost, as a share of what the adapter
 # does: mean divergence from base + adapter, over mean divergence of base + adapter from the base.
-LARGEST_LOSS = 0.02
+LARGEST_LOSS = 0.05
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -49,8 +49,10 @@ def run(
     from finetune.model.fetch import fetch
     from finetune.model.folder import find
     from finetune.run.product import identify
+    from finetune.run.say import quieten
 
     started = time.monotonic()
+    quieten("cpu")
     product = identify(target)
     if product.adapter is None:
         raise RefusedError(f"{target}: holds whole weights already, so there is nothing to merge")
@@ -210,4 +212,3 @@ def _say_done(facts: dict[str, Any]) -> None:
         f"of {proof['gap']['positions']} positions"
     )
     print(f"next: finetune evaluate {facts['output']}")
-

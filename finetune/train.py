@@ -3,54 +3,46 @@
     finetune train RECIPE [KEY=VALUE]...                         one process, or as many as the recipe asks for
     accelerate launch … -m finetune.train RECIPE [KEY=VALUE]...  what that starts when there are several
 
-The story, in order: check everything that needs no model, prepare the data, form the group of processes, load the base
-and attach the adapter, train, save and prove what was saved. Until the first step nothing is written.
+The story, in order: check what needs no model, prepare the data, form the group of processes, load the base and attach
+the adapter, build the trainer, train, save and prove what was saved. Until the first step nothing is written.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import (
-    DiskError,
-    ExitCode,
-    FinetuneError,
-    HardwareError,
-    ModelError,
-    RecipeError,
-    RefusedError,
-    StoppedError,
-)
+from finetune.errors import ExitCode, FinetuneError, HardwareError, RecipeError, StoppedError
 from finetune.recipe.load import load_recipe
 from finetune.recipe.loaded import LoadedRecipe
 from finetune.recipe.shipped import configs_folder
 from finetune.recipe.show import recipe_yaml
 
 if TYPE_CHECKING:
-    from finetune.data.prepare import Prepared
+    from finetune.data.feed import Feed
     from finetune.families.family import Family
     from finetune.methods.method import Method
+    from finetune.model.build import Built
     from finetune.model.folder import Base
     from finetune.model.load import Precision
     from finetune.plan.hardware import Hardware
+    from finetune.run.callbacks import StopSignal
     from finetune.run.folder import RunFolder
     from finetune.run.ranks import World
+    from finetune.run.say import Say
     from finetune.run.trainer import Trainer
 
-# Sections that training reads; `evaluate` and `export` belong to other verbs.
+# Keys that training reads; `evaluate` and `export` belong to other verbs.
 READ_HERE = ("model", "adapter", "data", "training", "launch", "tracking", "output_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The door that launchers use: `python -m finetune.train RECIPE [KEY=VALUE]...`; returns the exit code."""
+    """The door that launchers use, `python -m finetune.train RECIPE [KEY=VALUE]...`; returns the exit code."""
     from finetune.cli.main import main as command_line
 
     return command_line(["train", *(sys.argv[1:] if argv is None else argv)])
@@ -66,27 +58,20 @@ def run(recipe_path: str, overrides: list[str], *, overwrite: bool = False, as_j
         as_json: the caller prints the returned facts, so no closing lines are drawn.
 
     Returns:
-        `run`, `product`, `steps`, `loss`, `tokens_per_second`, `seconds`, `proof`.
+        `run`, `product`, `adapter`, `steps`, `final_loss`, `tokens_per_second`, `seconds`, `proof`, and with validation
+        rows `validation_loss`; empty on ranks other than 0.
 
     Raises:
         FinetuneError: whatever the user can mend, with its exit code.
     """
     loaded = load_recipe(recipe_path, overrides)
     checked = check(loaded, overwrite)
-    if "WORLD_SIZE" not in os.environ:
-        from finetune.plan.hardware import detect
-
-        hardware = detect(loaded.recipe.launch.device)
-        count = loaded.recipe.launch.num_processes or hardware.count
-        if count > 1:
-            return _launch(loaded, count, hardware.device, recipe_path, overrides, overwrite)
-    facts = _train(loaded, checked, overwrite)
-    if not as_json and facts:
-        _say_done(facts)
+    facts = _launch(loaded, overwrite) if "WORLD_SIZE" not in os.environ else None
+    if facts is None:
+        facts = _train(loaded, checked)
+        if facts and not as_json:
+            _say_done(facts)
     return facts
-
-
-# -- before anything heavy ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -100,8 +85,8 @@ class Checked:
     continuing: bool
 
 
-def check(loaded: LoadedRecipe, overwrite: bool) -> Checked:
-    """Find everything that can be found without torch: base, data, trackers, method, folder.
+def check(loaded: LoadedRecipe, overwrite: bool = False) -> Checked:
+    """Find every fault that can be found without torch: in method, base, trackers, folder and data.
 
     Raises:
         FinetuneError: the first kind of fault found, with all of its kind.
@@ -111,48 +96,37 @@ def check(loaded: LoadedRecipe, overwrite: bool) -> Checked:
     from finetune.methods import METHODS
     from finetune.model.folder import find
     from finetune.registry import resolve
-    from finetune.run.folder import claim
+    from finetune.run.folder import RunFolder, claim
+    from finetune.run.track import check_trackers
 
     recipe = loaded.recipe
     method: Method = resolve("method", recipe.training.method, METHODS)
     base = find(recipe.model.name_or_path)
     family = match(recipe.model.family, base.model_type)
-    _check_trackers(loaded)
-    is_main = os.environ.get("RANK", "0") == "0"
-    root = Path(recipe.output_dir)
-    # Other ranks take rank 0's word for the folder: it writes there while they still look.
-    folder, continuing = claim(root, loaded.hash(), overwrite) if is_main else (_folder(root), False)
+    if faults := check_trackers(recipe.tracking):
+        raise RecipeError("\n".join(faults))
+    folder, continuing = RunFolder(Path(recipe.output_dir)), False
+    if os.environ.get("RANK", "0") == "0":  # other ranks take rank 0's word: it writes there while they still look
+        folder, continuing = claim(folder.root, loaded.hash(), overwrite)
     refuse(check_sources(recipe.data))
     return Checked(base, family, method, folder, continuing)
 
 
-def _folder(root: Path) -> RunFolder:
-    from finetune.run.folder import RunFolder
-
-    return RunFolder(root)
-
-
-def _check_trackers(loaded: LoadedRecipe) -> None:
-    from finetune.run.track import check_trackers
-
-    if faults := check_trackers(loaded.recipe.tracking):
-        raise RecipeError("\n".join(faults))
-
-
-# -- several processes ----------------------------------------------------------------------------------------------
-
-
-def _launch(
-    loaded: LoadedRecipe, count: int, device: str, recipe_path: str, overrides: list[str], overwrite: bool
-) -> dict[str, Any]:
-    """Start the launcher, pass signals on to it, and read from the run folder how it ended."""
+def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
+    """Start the launcher when there are several processes, and read from the run folder how it ended; None for one."""
+    from finetune.plan.hardware import detect
     from finetune.run.folder import RunFolder, read_json
     from finetune.run.launch import follow, plan_launch
 
-    asked = [] if loaded.recipe.launch.num_processes else [f"launch.num_processes={count}"]
-    words = [recipe_path, *overrides, *asked, *(["--overwrite"] if overwrite else [])]
-    plan = plan_launch(loaded.recipe.launch, count, device, configs_folder(), words)
-    folder = RunFolder(Path(loaded.recipe.output_dir))
+    recipe = loaded.recipe
+    hardware = detect(recipe.launch.device)
+    count = recipe.launch.num_processes or hardware.count
+    if count == 1:
+        return None
+    asked = [] if recipe.launch.num_processes else [f"launch.num_processes={count}"]
+    words = [str(loaded.path), *loaded.overrides, *asked, *(["--overwrite"] if overwrite else [])]
+    plan = plan_launch(recipe.launch, count, hardware.device, configs_folder(), words)
+    folder = RunFolder(Path(recipe.output_dir))
     before = read_json(folder.exit)
     print(f"+ {plan}", file=sys.stderr, flush=True)
     code = follow(plan)
@@ -166,342 +140,205 @@ def _launch(
     raise HardwareError(f"the launcher ended with {code} before the run began; its messages stand above")
 
 
-# -- the run --------------------------------------------------------------------------------------------------------
-
-
-def _train(loaded: LoadedRecipe, checked: Checked, overwrite: bool) -> dict[str, Any]:
+def _train(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any]:
     """One process of the run, from the data to the saved adapter."""
     from transformers import set_seed
-    from transformers.utils import logging as transformers_logging
 
+    from finetune.data.feed import feed
+    from finetune.model.build import build
     from finetune.model.fetch import fetch
-    from finetune.model.load import precision
+    from finetune.model.load import attention, load_tokenizer, precision, stop_ids
     from finetune.plan.hardware import compute_dtype, detect
     from finetune.run import ranks
     from finetune.run.arguments import batch_shape, trainer_arguments
+    from finetune.run.say import Say, quieten
 
-    transformers_logging.disable_progress_bar()
     recipe = loaded.recipe
     launched = ranks.world()
-    say = _Say(launched.is_main)
+    say = Say(launched.is_main)
     ranks.check_asked(recipe.launch.num_processes, launched)
     hardware = detect(recipe.launch.device)
+    quieten(hardware.device)
     compute = compute_dtype(recipe.model.dtype, hardware)
     kept = precision(recipe.model, recipe.adapter.method, compute)
     shape = batch_shape(recipe.training, launched.size)
+
     base = fetch(checked.base, recipe.model.revision, recipe.model.trust_remote_code)
-    prepared = _prepare(loaded, checked.method, base, say)
+    tokenizer = load_tokenizer(recipe.model, base)
+    data = feed(recipe.data, tokenizer, stop_ids(tokenizer, base), recipe.training.seed)
+    for number, line in enumerate(data.lines()):
+        say("" if number else "data", line)
+
     ranks.start(launched, hardware.device, recipe.launch.timeout)
     try:
-        ranks.agree(launched, {"recipe": loaded.hash(), "data": prepared.train.fingerprint, "base": _config_hash(base)})
-        checkpoints = checked.folder.checkpoints
+        ranks.agree(launched, {"recipe": loaded.hash(), "data": data.train.fingerprint, "base": base.fingerprint()})
         arguments = trainer_arguments(
-            recipe.training, recipe.launch, shape, checkpoints, compute, hardware.device, bool(recipe.data.validation)
-        )
+            recipe.training, recipe.launch, shape, checked.folder.checkpoints, compute, hardware.device,
+            data.validation is not None,
+        )  # fmt: skip
         ranks.prove_world(launched, arguments)
         set_seed(recipe.training.seed)
-        built = _build(loaded, checked, base, prepared, kept, hardware, arguments, launched, say)
-        return _run(loaded, checked, base, prepared, built, launched, overwrite, say, str(shape))
+        attn = attention(recipe.model, hardware.device, data.longest)
+        device = ranks.device_of(launched, hardware.device)
+        built = build(recipe.model, recipe.adapter, base, checked.family, kept, attn, device)
+        for topic, line in (("base", built.base), ("trains", built.trains), ("note", built.note)):
+            say(topic, line if line else "")
+        trainer, stopper = _trainer(loaded, checked, built, data, tokenizer, arguments, attn, compute, launched)
+        derived = _derived(loaded, built, kept, attn, arguments, launched)
+        say("steps", f"{shape}; run folder {checked.folder.root}")
+        return _run(loaded, checked, base, data, built, trainer, stopper, derived, hardware, launched, say)
     finally:
         ranks.stop()
 
 
-class _Say:
-    """Lines for the user, from rank 0 alone."""
-
-    def __init__(self, is_main: bool) -> None:
-        self.is_main = is_main
-
-    def __call__(self, topic: str, text: str) -> None:
-        if self.is_main:
-            print(f"{topic:<9}{text}", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Prepared rows, and what read them."""
-
-    tokenizer: Any
-    train: Prepared
-    validation: Prepared | None
-    longest: int
-    stops: frozenset[int]
-
-
-def _prepare(loaded: LoadedRecipe, method: Method, base: Base, say: _Say) -> _Data:
-    """Token rows, before any group of processes exists."""
-    from finetune.data.prepare import prepare, shared_rows
-    from finetune.model.load import load_tokenizer, stop_ids
-
-    recipe = loaded.recipe
-    tokenizer = load_tokenizer(recipe.model, base)
-    stops = stop_ids(tokenizer, base)
-    train = prepare(recipe.data, recipe.data.train, tokenizer, stops, recipe.training.seed)
-    for line in train.report.lines():
-        say("data", line)
-    validation = None
-    if recipe.data.validation:
-        validation = prepare(recipe.data, recipe.data.validation, tokenizer, stops, recipe.training.seed)
-        for line in validation.report.lines():
-            say("", f"validation: {line}")
-        if shared := shared_rows(train, validation):
-            source, row = shared[0]
-            say("", f"warning: {len(shared)} validation rows are trained on too, the first is {source}:{row}")
-    longest = recipe.data.max_length if recipe.data.packing else max(map(len, train.rows["input_ids"]))
-    return _Data(tokenizer, train, validation, longest, stops)
-
-
-def _config_hash(base: Base) -> str:
-    import hashlib
-
-    return hashlib.sha256(json.dumps(base.config, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Built:
-    """A trainer ready to go, and what was decided on the way."""
-
-    trainer: Trainer
-    stopper: Any
-    progress: Any
-    derived: dict[str, Any]
-    quantized: tuple[str, ...]
-    trained_parameters: int
-    adapter: str
-
-
-def _build(
+def _trainer(
     loaded: LoadedRecipe,
     checked: Checked,
-    base: Base,
-    data: _Data,
-    kept: Precision,
-    hardware: Hardware,
+    built: Built,
+    data: Feed,
+    tokenizer: Any,
     arguments: Any,
+    attn: str,
+    compute: str,
     launched: World,
-    say: _Say,
-) -> _Built:
-    """Load the base, attach the adapter, and put the trainer around them."""
-    import torch
-
-    from finetune.model.adapt import attach, resolve_targets, untrained_modules
-    from finetune.model.load import attention, load_base, quantized_modules
+) -> tuple[Trainer, StopSignal]:
+    """The method's trainer with everything that watches a run."""
+    from finetune.data.feed import collator, refuse_leak
+    from finetune.model.adapt import untrained_modules
     from finetune.run.callbacks import AdapterMoves, MetricsFile, Progress, StopSignal
     from finetune.run.ranks import SameWeights
+    from finetune.run.trainer import RowCollator
 
-    recipe = loaded.recipe
-    attn = attention(recipe.model, hardware.device, data.longest)
-    device = None if hardware.device == "cpu" else torch.device(hardware.device, launched.local_rank)
-    model: Any = load_base(recipe.model, base, kept, attn, device)
-    quantized = quantized_modules(model)
-    size = sum(p.numel() for p in model.parameters()) if not quantized else 0
-    say("base", f"{recipe.model.name_or_path}: {base.model_type}, {_count(size)}{kept.base}, attention {attn}")
-    leaves: list[str] = []
-    if recipe.adapter.method != "none":
-        targets = resolve_targets(model, recipe.adapter, checked.family)
-        if targets.assumed:
-            say("", f"note: {targets.assumed}")
-        model = attach(model, recipe.adapter, targets, recipe.model.name_or_path, recipe.model.revision)
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in targets.modules})
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = f"{recipe.adapter.method} r={recipe.adapter.r} on {', '.join(leaves)}" if leaves else "every weight"
-    say("adapter" if leaves else "trains", f"{what}: {_count(trained)}{kept.trained}, optimizer {kept.optimizer}")
-    collate = _collator(loaded, data, attn, kept.compute)
-    rows, validation = _trainer_rows(loaded, data)
-    if recipe.data.packing:
-        _refuse_leak(model, collate, rows)
-    stopper, progress = StopSignal(), Progress()
-    callbacks = [MetricsFile(checked.folder), progress, stopper]
-    if leaves:
-        callbacks.append(AdapterMoves(untrained_modules))
-    trainer = checked.method.trainer(model, data.tokenizer, arguments, rows, validation, collate, checked.folder, callbacks)
-    trainer.add_callback(
-        SameWeights(
-            launched, lambda: trainer.model_wrapped, lambda: trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        )
+    collate = collator(loaded.recipe.data, tokenizer.pad_token_id, attn, compute)
+    rows, validation = data.rows()
+    refuse_leak(built.model, collate, rows)
+    stopper = StopSignal()
+    watchers: list[Any] = [MetricsFile(checked.folder), Progress(), stopper]
+    if built.targets:
+        watchers.append(AdapterMoves(untrained_modules))
+    trainer: Trainer = checked.method.trainer(
+        model=built.model,
+        tokenizer=tokenizer,
+        arguments=arguments,
+        train=rows,
+        validation=validation,
+        collate=RowCollator(collate),
+        folder=checked.folder,
+        callbacks=watchers,
     )
-    derived = {
+    trainer.add_callback(SameWeights(launched, lambda: trainer.model_wrapped, lambda: trainer.is_sharded))
+    return trainer, stopper
+
+
+def _derived(
+    loaded: LoadedRecipe, built: Built, kept: Precision, attn: str, arguments: Any, launched: World
+) -> dict[str, Any]:
+    """What `auto` and unset keys became; the last ones are no recipe keys and stand as comments in recipe.yaml."""
+    adapter = loaded.recipe.adapter
+    named = adapter.target_modules != "auto" or not built.targets
+    targets = {} if named else {"adapter.target_modules": list(built.targets)}
+    return {
         "model.dtype": kept.compute,
         "model.attn_implementation": attn,
         "launch.num_processes": launched.size,
         "training.per_device_train_batch_size": arguments.per_device_train_batch_size,
-        "training.per_device_eval_batch_size": arguments.per_device_eval_batch_size,
         "training.activation_checkpointing": bool(arguments.activation_checkpointing),
-        **({"adapter.target_modules": leaves} if recipe.adapter.target_modules == "auto" and leaves else {}),
+        **targets,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
-        "base dtype": kept.base,
-        "trained dtype": kept.trained,
-        "optimizer state dtype": kept.optimizer,
-        "compute dtype": kept.compute,
+        "dtype of matrix products": kept.compute,
+        "dtype of the base": kept.base,
+        "dtype of the trained weights": kept.trained,
+        "dtype of the optimizer state": kept.optimizer,
     }
-    return _Built(trainer, stopper, progress, derived, quantized, trained, what)
-
-
-def _count(parameters: int) -> str:
-    """A number of parameters for a reader; empty for 0, which is what a quantised base reports wrongly."""
-    for size, unit in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
-        if parameters >= size:
-            return f"{parameters / size:.1f} {unit} parameters, "
-    return f"{parameters} parameters, " if parameters else ""
-
-
-def _collator(loaded: LoadedRecipe, data: _Data, attn: str, compute: str) -> Any:
-    import torch
-
-    from finetune.data.collate import Collator, PackedCollator, mask_kind
-    from finetune.run.trainer import RowCollator
-
-    pad = data.tokenizer.pad_token_id
-    if not loaded.recipe.data.packing:
-        return RowCollator(Collator(pad))
-    return RowCollator(PackedCollator(pad, mask_kind(attn), getattr(torch, compute)))
-
-
-def _trainer_rows(loaded: LoadedRecipe, data: _Data) -> tuple[Any, Any]:
-    validation = data.validation.rows if data.validation else None
-    if not loaded.recipe.data.packing:
-        return data.train.rows, validation
-    from finetune.data.pack import packed
-
-    length, seed = loaded.recipe.data.max_length, loaded.recipe.training.seed
-    return packed(data.train.rows, length, seed), packed(validation, length, seed) if validation else None
-
-
-def _refuse_leak(model: Any, collate: Any, rows: Any) -> None:
-    """Packed rows must not see each other on this very model, kernel and collator."""
-    from finetune.data.collate import leak
-
-    row = next((row for row in rows if len(row["seq_lengths"]) > 1), None)
-    if row is None:
-        return
-    seen = leak(model, collate.collate, row)
-    if seen > 0:
-        raise ModelError(
-            f"data.packing: rows packed together see each other on this model (logits move by {seen:.2g}); set "
-            "data.packing: false, or model.attn_implementation to eager or sdpa"
-        )
 
 
 def _run(
     loaded: LoadedRecipe,
     checked: Checked,
     base: Base,
-    data: _Data,
-    built: _Built,
+    data: Feed,
+    built: Built,
+    trainer: Trainer,
+    stopper: StopSignal,
+    derived: dict[str, Any],
+    hardware: Hardware,
     launched: World,
-    overwrite: bool,
-    say: _Say,
-    shape: str,
+    say: Say,
 ) -> dict[str, Any]:
-    """Train, save, prove; whatever happens, exit.json says how it ended."""
+    """Train, save, prove; however it ends, exit.json says so."""
     from finetune.run import ranks
+    from finetune.run.ending import as_fault, code_and_reason
     from finetune.run.track import Trackers
 
-    folder, trainer = checked.folder, built.trainer
+    folder = checked.folder
     resume, passed_over = ranks.from_main(launched, lambda: _resume_point(checked))
     for line in passed_over:
         say("resume", f"passed over {line}")
-    if resume:
-        say("resume", f"from {resume}")
+    say("resume", f"from {resume}" if resume else "")
     unread = loaded.unread(READ_HERE)
-    assert not unread, f"nothing reads {', '.join(unread)}, though the recipe sets them"
-    say("steps", f"{shape}; run folder {folder.root}")
-    trackers = None
+    assert not unread, f"the recipe sets {', '.join(unread)}, and nothing has read it"
+    trackers = Trackers(folder.root, [])
     if launched.is_main:
-        _need_space(folder, built.trained_parameters, loaded.recipe.training.save_total_limit)
-        record = _record(loaded, base, data, launched)
-        folder.begin(
-            recipe_yaml(loaded, built.derived),
-            record,
-            [row[:256] for row in data.train.rows[:8]["input_ids"]],
-            int(Path(resume).name.split("-")[-1]) if resume else (0 if checked.continuing else None),
-        )
+        _begin(loaded, checked, base, data, built, derived, hardware, launched, resume)
         trackers = Trackers.start(loaded.recipe.tracking, folder.root)
-    built.stopper.listen()
     started = time.monotonic()
     facts: dict[str, Any] = {}
     try:
-        try:
-            trainer.train(resume_from_checkpoint=resume)
-            if built.stopper.stopped:
-                step = trainer.state.global_step
-                raise StoppedError(
-                    f"stopped on request after step {step} of {trainer.state.max_steps}; the same command continues "
-                    f"from checkpoint-{step} in {folder.root}"
-                )
-            facts = _finish(loaded, checked, base, data, built, launched, time.monotonic() - started, say)
-        finally:
-            built.stopper.restore()
-            if trackers is not None:
-                for outcome in trackers.finish():
-                    say("tracker", str(outcome))
+        stopper.listen()
+        trainer.train(resume_from_checkpoint=resume)
+        step = trainer.state.global_step
+        if stopper.stopped:
+            raise StoppedError(
+                f"stopped on request after step {step} of {trainer.state.max_steps}; the same command continues from "
+                f"checkpoint-{step} in {folder.root}"
+            )
+        facts = _finish(loaded, checked, base, data, built, trainer, launched, time.monotonic() - started, say)
     except BaseException as error:
-        code, reason, raised = _ending(error, built)
+        shown = as_fault(error)
         if launched.is_main:
-            folder.write_exit(code, reason, trainer.state.global_step)
-        if raised is error:
+            folder.write_exit(*code_and_reason(shown), trainer.state.global_step)
+        if shown is error:
             raise
-        raise raised from error
+        raise shown from error
+    finally:
+        stopper.restore()
+        for outcome in trackers.finish():
+            say("tracker", str(outcome))
     if launched.is_main:
-        folder.write_exit(ExitCode.OK, "finished", trainer.state.global_step, facts)
+        folder.write_exit(ExitCode.OK, "finished", step, facts)
     return facts
 
 
 def _resume_point(checked: Checked) -> tuple[str | None, list[str]]:
+    """The checkpoint to continue from, and why newer ones were passed over."""
     if not checked.continuing:
         return None, []
     newest, passed_over = checked.folder.newest_checkpoint()
     return (str(newest) if newest else None), passed_over
 
 
-def _ending(error: BaseException, built: _Built) -> tuple[int, str, BaseException]:
-    """Exit code, reason and the error to raise for whatever ended the training."""
-    import torch
+def _begin(
+    loaded: LoadedRecipe,
+    checked: Checked,
+    base: Base,
+    data: Feed,
+    built: Built,
+    derived: dict[str, Any],
+    hardware: Hardware,
+    launched: World,
+    resume: str | None,
+) -> None:
+    """Write the first files of the run folder."""
+    from finetune.run.folder import need_space
+    from finetune.run.record import base_hashes, this_process
 
-    if isinstance(error, KeyboardInterrupt):
-        error = StoppedError("stopped at once on the second signal; the same command continues from the last checkpoint")
-    elif isinstance(error, torch.OutOfMemoryError):
-        error = HardwareError(
-            "out of memory; halve training.per_device_train_batch_size (global_batch_size stays), set "
-            "training.activation_checkpointing: true, lower data.max_length, or set model.quantization: nf4. "
-            f"({str(error).splitlines()[0]})"
-        )
-    if isinstance(error, FinetuneError):
-        return error.exit_code, str(error), error
-    return ExitCode.FAILURE, f"{type(error).__name__}: {error}", error
-
-
-def _need_space(folder: RunFolder, trained_parameters: int, checkpoints: int) -> None:
-    """Refuse a run whose checkpoints will not fit: weights and two moments in float32 each, and the product."""
-    import shutil
-
-    from finetune.files import existing_parent
-
-    each = 12 * trained_parameters
-    needed = each * (checkpoints + 1) + 4 * trained_parameters
-    free = shutil.disk_usage(existing_parent(folder.root)).free
-    if free < needed:
-        raise DiskError(
-            f"output_dir: {folder.root} needs {needed / 2**20:,.0f} MiB for {checkpoints + 1} checkpoints and the "
-            f"result, and the disk has {free / 2**20:,.0f} MiB free; free some space, choose another output_dir, or "
-            "lower training.save_total_limit"
-        )
-
-
-def _record(loaded: LoadedRecipe, base: Base, data: _Data, launched: World) -> dict[str, Any]:
-    """run.json: what this run is made of."""
-    from finetune.plan.hardware import detect
-    from finetune.run.folder import now
-    from finetune.run.record import base_hashes, command_line, git_state, versions
-
-    recipe = loaded.recipe
-    return {
-        "created": now(),
+    recipe, folder = loaded.recipe, checked.folder
+    need_space(folder, built.trained, recipe.training.save_total_limit)
+    validation = data.validation
+    record = {
+        **this_process(),
         "recipe": str(loaded.path),
         "recipe_hash": loaded.hash(),
-        "command": command_line(),
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
         "base": {
             "name": recipe.model.name_or_path,
             "revision": recipe.model.revision,
@@ -510,97 +347,89 @@ def _record(loaded: LoadedRecipe, base: Base, data: _Data, launched: World) -> d
         },
         "method": recipe.training.method,
         "adapter": recipe.adapter.method,
+        "trained_parameters": built.trained,
         "seed": recipe.training.seed,
         "data": {
-            "train": {"fingerprint": data.train.fingerprint, **data.train.report.as_dict()},
-            "validation": data.validation
-            and {"fingerprint": data.validation.fingerprint, **data.validation.report.as_dict()},
+            "train": data.train.facts(),
+            "validation": validation.facts() if validation else None,
         },
         "world_size": launched.size,
-        "versions": versions(),
-        "git": git_state(),
-        "hardware": detect(recipe.launch.device).facts(),
+        "hardware": hardware.facts(),
     }
+    step = int(resume.rsplit("-", 1)[-1]) if resume else (0 if checked.continuing else None)
+    folder.begin(recipe_yaml(loaded, derived), record, data.probe(), step)
 
 
 def _finish(
     loaded: LoadedRecipe,
     checked: Checked,
     base: Base,
-    data: _Data,
-    built: _Built,
+    data: Feed,
+    built: Built,
+    trainer: Trainer,
     launched: World,
     seconds: float,
-    say: _Say,
+    say: Say,
 ) -> dict[str, Any]:
-    """Measure, save, prove."""
-    trainer, folder, recipe = built.trainer, checked.folder, loaded.recipe
-    figures: dict[str, Any] = {}
+    """Measure, save, prove; empty on ranks other than 0."""
+    figures: dict[str, Any] = {"steps": trainer.state.global_step}
     if data.validation is not None:
         figures["validation_loss"] = round(trainer.evaluate()["eval_loss"], 4)
     if not launched.is_main:
         return {}
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    speeds = sorted(entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry)
-    figures = {
-        "steps": trainer.state.global_step,
+    speeds = sorted(entry["tokens_per_second"] for entry in history)
+    figures |= {
         "final_loss": round(history[-1]["loss"], 4),
-        **figures,
         "tokens_per_second": speeds[len(speeds) // 2],
         "seconds": round(seconds, 1),
     }
-    product, proof = _save(loaded, checked, base, data, built, figures)
+    product, proof = _save(loaded, checked, base, data, built, trainer, figures)
     say("saved", f"{product}: {proof['tensors']} tensors, reopened from disk and equal to the trained ones")
-    return {"run": str(folder.root), "product": str(product), "adapter": recipe.adapter.method, **figures, "proof": proof}
+    adapter = loaded.recipe.adapter.method
+    return {"run": str(checked.folder.root), "product": str(product), "adapter": adapter, **figures, "proof": proof}
 
 
 def _save(
-    loaded: LoadedRecipe, checked: Checked, base: Base, data: _Data, built: _Built, figures: dict[str, Any]
+    loaded: LoadedRecipe,
+    checked: Checked,
+    base: Base,
+    data: Feed,
+    built: Built,
+    trainer: Trainer,
+    figures: dict[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
+    """Write the product with its card; gives its folder and what was proved of it."""
     from finetune.exports import adapter as adapter_export
     from finetune.exports import weights as weights_export
-    from finetune.run.card import CardFacts, base_facts, card
-    from finetune.run.record import base_hashes, versions
+    from finetune.run.card import trained_card
+    from finetune.run.record import base_hashes
 
     recipe, folder = loaded.recipe, checked.folder
-    name, licence = base_facts(recipe.model.name_or_path)
-    whole = recipe.adapter.method == "none"
-    text = card(
-        CardFacts(
-            title=folder.root.resolve().name,
-            base=name,
-            licence=licence,
-            method=f"Supervised fine-tuning ({built.adapter})",
-            data=tuple(Path(source.name or source.path).name for source in recipe.data.train),
-            figures={
-                "rows": data.train.report.rows_kept,
-                "trained tokens": data.train.report.trained_tokens,
-                "learning rate": recipe.training.learning_rate,
-                "rows a step": recipe.training.global_batch_size,
-                "seed": recipe.training.seed,
-                **{key.replace("_", " "): value for key, value in figures.items()},
-            },
-            versions={k: v for k, v in versions().items() if k in ("finetune", "transformers", "peft", "trl", "torch")},
-            library="transformers" if whole else "peft",
-        )
-    )
-    if whole:
-        return folder.model, weights_export.write(built.trainer.model, data.tokenizer, folder.model, text)
+    text = trained_card(
+        folder.root, recipe.model, recipe.data, recipe.training, built.trains, data.train.report.as_dict(), figures,
+        "peft" if built.targets else "transformers",
+    )  # fmt: skip
+    tokenizer = trainer.processing_class
+    if recipe.data.chat_template:
+        tokenizer.chat_template = Path(recipe.data.chat_template).expanduser().read_text(encoding="utf-8")
+    if not built.targets:
+        return folder.model, weights_export.write(trainer.model, tokenizer, folder.model, text)
+    quantization = {
+        "kind": recipe.model.quantization,
+        "compute_dtype": "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32",
+        "modules": list(built.quantized),
+    }
     facts = {
         "base": {"name": recipe.model.name_or_path, "sha256": base_hashes(base.weights, base.folder)},
-        "quantization": {
-            "kind": recipe.model.quantization,
-            "compute_dtype": built.derived["compute dtype"],
-            "modules": list(built.quantized),
-        }
-        if built.quantized
-        else None,
+        "quantization": quantization if built.quantized else None,
     }
-    tokenizer = data.tokenizer if recipe.data.chat_template else None
-    return folder.adapter, adapter_export.write(built.trainer.model, folder.adapter, text, facts, tokenizer)
+    with_tokenizer = tokenizer if recipe.data.chat_template else None
+    return folder.adapter, adapter_export.write(trainer.model, folder.adapter, text, facts, with_tokenizer)
 
 
 def _say_done(facts: dict[str, Any]) -> None:
+    """What was reached, and what to do next."""
     loss = f"loss {facts['final_loss']}"
     if "validation_loss" in facts:
         loss += f", validation loss {facts['validation_loss']}"

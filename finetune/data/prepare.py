@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -44,6 +44,10 @@ class Prepared:
     rows: datasets.Dataset
     report: DataReport
     fingerprint: str
+
+    def facts(self) -> dict[str, Any]:
+        """Fingerprint and counts, for a run's manifest."""
+        return {"fingerprint": self.fingerprint, **self.report.as_dict()}
 
 
 @dataclass

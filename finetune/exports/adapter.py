@@ -1,9 +1,9 @@
 """The adapter folder: PEFT's own layout, reopened and compared before it counts.
 
-    adapter_config.json, adapter_model.safetensors    as peft writes them; plain peft loads them
-    finetune.json                                     the base's hashes and how it was quantised: a correct merge needs it
-    README.md                                         the model card
-    tokenizer files                                   only when the recipe's chat template replaced the tokenizer's
+adapter_config.json, adapter_model.safetensors    as peft writes them; plain peft loads them
+finetune.json                                     the base's hashes, and how it was quantised: a merge needs both
+README.md                                         the model card
+tokenizer files                                   only when the recipe's chat template replaced the tokenizer's
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _compare(expected: dict[str, Any], path: Path) -> dict[str, Any]:
     for name in sorted(expected.keys() & found.keys()):
         tensor = expected[name].detach().cpu()
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
-            faults.append(f"  {name}: {found[name].dtype} {tuple(found[name].shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
+            kinds = [f"{value.dtype} {tuple(value.shape)}" for value in (found[name], tensor)]
+            faults.append(f"  {name}: {kinds[0]}, not {kinds[1]}")
         elif not torch.equal(found[name], tensor):
             faults.append(f"  {name}: other values")
         elif tensor.numel() == 0 or ("lora_B" in name and not bool(torch.any(tensor != 0))):

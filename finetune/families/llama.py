@@ -7,5 +7,5 @@ FAMILY = Family(
     model_types=("llama",),
     attention=("q_proj", "k_proj", "v_proj", "o_proj"),
     mlp=("gate_proj", "up_proj", "down_proj"),
-    licence="Llama 2 and 3 weights carry the Llama Community License (attribution, use policy); SmolLM and many others of this architecture are Apache-2.0.",
+    licence="Llama 2 and 3: Llama Community License (attribution, use policy). SmolLM and many others: Apache-2.0.",
 )

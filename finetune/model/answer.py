@@ -55,9 +55,7 @@ def answers(
             prompt = torch.tensor(list(prompts[index]))
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
-        made = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-        )
+        made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
         for row, index in enumerate(batch):
             found[index] = _until_stop(made[row, width:].tolist(), stop_ids)
         if progress is not None:

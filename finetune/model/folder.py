@@ -7,6 +7,7 @@ that the index names and the folder lacks, index entries that point out of the f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class Base:
     def model_type(self) -> str:
         """The architecture's name in transformers; empty when the config is not at hand."""
         return str(self.config.get("model_type", ""))
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the config and the sizes of the weight files: enough to tell two bases apart."""
+        facts = [self.config, [(path.name, path.stat().st_size) for path in self.weights]]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def find(name_or_path: str) -> Base:
@@ -91,9 +97,8 @@ def check(name: str, folder: Path) -> Base:
     weights = _weights(folder, faults)
     for file in weights:
         _check_safetensors(file, faults)
-    for file in _TOKENIZER_FILES:
-        if (folder / file).is_file() and _is_lfs(folder / file):
-            faults.append(_lfs_fault(file))
+    tokenizer = [part for part in _TOKENIZER_FILES if (folder / part).is_file()]
+    faults += [_lfs_fault(part) for part in tokenizer if _is_lfs(folder / part)]
     if faults:
         raise ModelError(f"the base model {folder} is not whole:\n" + "\n".join(f"  {fault}" for fault in faults))
     return Base(name, folder, config, tuple(weights))

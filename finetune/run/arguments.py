@@ -104,7 +104,7 @@ def trainer_arguments(
     check_extra(options.extra)
     for key in ("eval_steps", "per_device_eval_batch_size"):
         if getattr(options, key) is not None and not validates:
-            raise RecipeError(f"training.{key}: does nothing without data.validation; name validation rows or remove it")
+            raise RecipeError(f"training.{key}: does nothing without data.validation; name such rows, or remove it")
     checkpointing = options.activation_checkpointing
     arguments: dict[str, Any] = {
         "output_dir": str(checkpoints),

@@ -31,9 +31,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """One line per log; figures that JSON cannot hold (NaN) become null."""
         if not state.is_world_process_zero:
             return
@@ -63,9 +61,7 @@ class Progress(TrainerCallback):
         """The clock starts here, so that loading does not count as training."""
         self.started, self.first_step = time.monotonic(), state.global_step
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Draw the newest figures."""
         logs = given.get("logs") or {}
         if not state.is_world_process_zero:
@@ -93,9 +89,7 @@ class Progress(TrainerCallback):
             self.stream.write(line + "\n")
         self.stream.flush()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Leave the live line behind."""
         if state.is_world_process_zero and self.stream.isatty():
             self.stream.write("\n")
@@ -145,9 +139,7 @@ class StopSignal(TrainerCallback):
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Agree, then stop with a checkpoint, unless this was the last step anyway."""
         told = self.received is not None
         if self._group is not None:
@@ -161,16 +153,14 @@ class StopSignal(TrainerCallback):
 
 
 class AdapterMoves(TrainerCallback):
-    """After the first steps every adapted module must have left zero, or the run stops and names those that have not."""
+    """After the first steps every adapted module must have left zero; else the run stops and names the others."""
 
     def __init__(self, untrained: Callable[[PeftModel], list[str]], steps: int = STEPS_UNTIL_MOVED) -> None:
         self.untrained = untrained
         self.steps = steps
         self.moved = 0
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Counts steps whose learning rate was above zero, and looks once."""
         if self.moved >= self.steps:
             return
@@ -184,6 +174,7 @@ class AdapterMoves(TrainerCallback):
         if still:
             raise ModelError(
                 f"after {state.global_step} steps the adapter of {len(still)} modules is still zero, so nothing trains "
-                f"it: {', '.join(still[:8])}{' …' if len(still) > 8 else ''}; leave them out of adapter.target_modules, "
+                f"it: {', '.join(still[:8])}{' …' if len(still) > 8 else ''}; leave them out of adapter.target_modules "
+                ""
                 "or report this if they should train"
             )

@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from finetune.recipe.sections import DataOptions, ModelOptions, TrainingOptions
+from finetune.run.record import versions
+
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -103,3 +106,48 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```""",
 }
+
+
+def trained_card(
+    folder: Path,
+    model: ModelOptions,
+    data: DataOptions,
+    training: TrainingOptions,
+    trains: str,
+    counts: dict[str, Any],
+    figures: dict[str, Any],
+    library: str,
+) -> str:
+    """The card of what a run trained.
+
+    Args:
+        folder: the run's folder, whose name becomes the title.
+        model, data, training: sections of the recipe.
+        trains: what was trained, in words.
+        counts: `rows_kept` and `trained_tokens` of the training data.
+        figures: what was measured.
+        library: "peft" or "transformers".
+    """
+    name, licence = base_facts(model.name_or_path)
+    settings = {
+        "rows": counts["rows_kept"],
+        "trained tokens": counts["trained_tokens"],
+        "learning rate": training.learning_rate,
+        "rows a step": training.global_batch_size,
+        "seed": training.seed,
+    }
+    return card(
+        CardFacts(
+            title=folder.resolve().name,
+            base=name,
+            licence=licence,
+            method=f"Supervised fine-tuning ({trains})",
+            data=tuple(Path(source.name or source.path).name for source in data.train),
+            figures={**settings, **{key.replace("_", " "): value for key, value in figures.items()}},
+            versions={key: value for key, value in versions().items() if key in _NAMED},
+            library=library,
+        )
+    )
+
+
+_NAMED = ("finetune", "transformers", "peft", "trl", "torch")

@@ -1,13 +1,13 @@
 """The run folder: what a run leaves behind, and who may write into it.
 
-    recipe.yaml      the resolved recipe, with what `auto` became
-    run.json         versions, base model, data fingerprints, seeds, command, git state, hardware
-    metrics.jsonl    every logged figure, one JSON object a line: the truth that trackers mirror
-    checkpoints/     resumable states; each is written whole or not at all
-    adapter/         the product, in PEFT's layout (model/ for full fine-tuning)
-    tracking/        logs and states of the trackers
-    probe.json       token ids of a few training rows, on which a merge is compared
-    exit.json        how the run ended: exit code, reason, last step
+recipe.yaml      the resolved recipe, with what `auto` became
+run.json         versions, base model, data fingerprints, seeds, command, git state, hardware
+metrics.jsonl    every logged figure, one JSON object a line: the truth that trackers mirror
+checkpoints/     resumable states; each is written whole or not at all
+adapter/         the product, in PEFT's layout (model/ for full fine-tuning)
+tracking/        logs and states of the trackers
+probe.json       token ids of a few training rows, on which a merge is compared
+exit.json        how the run ended: exit code, reason, last step
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import RefusedError
-from finetune.files import disk_errors, manifest_faults, write_json, write_text
+from finetune.errors import DiskError, RefusedError
+from finetune.files import disk_errors, existing_parent, manifest_faults, write_json, write_text
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
@@ -116,7 +116,7 @@ class RunFolder:
 
     def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, and why newer ones were passed over."""
-        passed_over = []
+        passed_over: list[str] = []
         for path in sorted(self._checkpoints(), key=_step_of, reverse=True):
             faults = manifest_faults(path)
             if not faults:
@@ -188,3 +188,24 @@ def claim(root: Path, recipe_hash: str, overwrite: bool) -> tuple[RunFolder, boo
             "or pass --overwrite to train again"
         )
     return folder, True
+
+
+def need_space(folder: RunFolder, trained: int, checkpoints: int) -> None:
+    """Refuse a run whose checkpoints will not fit on the disk.
+
+    Args:
+        folder: the run's folder.
+        trained: trained parameters; each takes 12 bytes in a checkpoint (weight and two moments, float32).
+        checkpoints: how many are kept; one more exists while it is written.
+
+    Raises:
+        DiskError: with what is needed and what is free.
+    """
+    needed = 12 * trained * (checkpoints + 1) + 4 * trained
+    free = shutil.disk_usage(existing_parent(folder.root)).free
+    if free < needed:
+        raise DiskError(
+            f"output_dir: {folder.root} needs {needed / 2**20:,.0f} MiB for {checkpoints + 1} checkpoints and the "
+            f"result, and the disk has {free / 2**20:,.0f} MiB free; free some space, choose another output_dir, or "
+            "lower training.save_total_limit"
+        )

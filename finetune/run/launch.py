@@ -63,7 +63,7 @@ def plan_launch(options: LaunchOptions, count: int, device: str, configs: Path, 
     command += ["--num_processes", str(count), "--main_process_port", str(free_port())]
     command += ["-m", "finetune.train", *arguments]
     threads = max(1, (os.cpu_count() or 1) // count)
-    # Left to itself the launcher gives every process one thread on a CPU; ACCELERATE_USE_CPU would switch off DeepSpeed.
+    # Left to itself the launcher gives every process one thread; ACCELERATE_USE_CPU would switch off DeepSpeed.
     return Launch(tuple(command), {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
 
 

@@ -8,7 +8,7 @@ a trained token: in chats a third of them. Two ways to skip the rest, both exact
   one chunk in memory. (The idea of gradients in the forward pass is that of Liger Kernel's fused linear cross entropy,
   arXiv 2410.10989.)
 - selection: only the needed rows reach the head, and autograd does the rest. It is taken where the head is trained,
-  sharded, quantised, or followed by operations of the model's own (soft caps, scales), which a check at the start finds.
+  sharded, quantised, or followed by operations of the model's own (soft caps, scales), which a check finds.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TrainedTokenLoss:
             model: the model to train, unwrapped, on its device.
             sharded: whether parameters are spread over ranks, so that the head is whole only inside the forward.
         """
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise TypeError(f"{type(model).__name__} has no output embeddings, so it is no causal language model")
         self.head: nn.Module = head
@@ -110,7 +110,7 @@ class TrainedTokenLoss:
             with self._head_input(lambda hidden: seen.append(hidden) or hidden):  # type: ignore[func-returns-value]
                 probe = torch.arange(1, 9, device=device)[None]
                 logits = model(input_ids=probe, use_cache=False).logits
-            expected = functional.linear(seen[0].to(self.head.weight.dtype), self.head.weight)  # type: ignore[arg-type,union-attr]
+            expected = functional.linear(seen[0].to(self.head.weight.dtype), self.head.weight)
         finally:
             model.train(training)
         return torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)

@@ -43,7 +43,7 @@ def identify(target: str) -> Product:
     if run.record.is_file():
         if run.product is None:
             ended = read_json(run.exit).get("reason", "it has not ended")
-            raise RefusedError(f"{target}: this run has no adapter yet ({ended}); run `finetune train` again to finish it")
+            raise RefusedError(f"{target}: this run has no adapter yet ({ended}); `finetune train` again finishes it")
         return _whole_or_adapter(run.product, path)
     if not path.exists() and not target.startswith((".", "/", "~")) and not Path(target.split("/")[0]).exists():
         return Product(Path(), None, target, None, {}, "model")  # a model id of the hub

@@ -57,6 +57,11 @@ def check_asked(asked: int | None, launched: World) -> None:
         )
 
 
+def device_of(launched: World, device: str) -> torch.device | None:
+    """This process's own accelerator; None on a CPU, where weights stay where they are loaded."""
+    return None if device == "cpu" else torch.device(device, launched.local_rank)
+
+
 def start(launched: World, device: str, timeout: float) -> None:
     """Form the process group, with the recipe's timeout, before anything else can form one without it.
 
@@ -151,9 +156,7 @@ class SameWeights(TrainerCallback):
                 "DistributedDataParallel: gradients would not be shared; start with `finetune train`"
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Compare digests once, after the first step of this process."""
         if self.launched.size == 1 or self.sharded():
             return

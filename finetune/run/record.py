@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from finetune.files import sha256
+from finetune.run.folder import now
 
 STACK = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
@@ -56,3 +59,15 @@ def _git(*words: str) -> str:
 def command_line() -> str:
     """The command as it was typed."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def this_process() -> dict[str, Any]:
+    """When, where and by what command this process was started."""
+    return {
+        "created": now(),
+        "command": command_line(),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "git": git_state(),
+    }

@@ -7,6 +7,7 @@ tokens, not over batches), checkpoints that appear whole or not at all, and the 
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ class RowCollator:
         self.collate = collate
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Adds to the collated batch: `positions` (N,), `targets` (N,), `origins` (a name per row), `tokens` (a count)."""
+        """Adds to the batch: `positions` (N,), `targets` (N,), `origins` (a name per row), `tokens` (a count)."""
         batch: dict[str, Any] = self.collate(rows)
         batch["positions"], batch["targets"] = trained_positions(batch["labels"])
         batch["origins"] = [name for row in rows for name in _origins(row)]
@@ -47,7 +48,7 @@ class RowCollator:
         return batch
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc] - TRL ships no types
+class Trainer(SFTTrainer):
     """The training loop of a run.
 
     Attributes:
@@ -66,11 +67,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc] - TRL ships no types
         self.folder = folder
         self.saved_seconds = 0.0
         self._keep_trained_weights_float32()
-        self._loss = TrainedTokenLoss(self.model, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        self._loss = TrainedTokenLoss(self.model, sharded=self.is_sharded)
         self._seen = torch.zeros(2, dtype=torch.float64)  # tokens, trained tokens since the last log, this rank
         self._logged_at = time.monotonic()
         self._micro_losses: list[Tensor] = []
         self._origins: list[str] = []
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights or their gradients are spread over ranks."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _keep_trained_weights_float32(self) -> None:
         """TRL casts the adapter of a quantised base to bfloat16, which freezes small updates."""
@@ -138,7 +144,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc] - TRL ships no types
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         world, rank, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
         mine = list(range(rank, len(rows), world))
-        batches = -(-(-(-len(rows) // world)) // size)  # the same on every rank: a sharded forward is collective
+        batches = math.ceil(math.ceil(len(rows) / world) / size)  # equal on all ranks: a sharded forward is collective
         training = self.model.training
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)

@@ -17,7 +17,7 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def score(answer: str, reference: str) -> dict[str, float]:
-    """`exact_match` (same fields, same values, none more), `valid_json`, and 1.0 or 0.0 for each field of the reference.
+    """`exact_match` (same fields, same values, none more), `valid_json`, and each field of the reference as 1.0 or 0.0.
 
     Raises:
         DataError: the reference itself is no JSON object.

@@ -1,0 +1,27 @@
+"""How a run ends: every way out becomes an exit code, a reason and an error for the user."""
+
+from __future__ import annotations
+
+import torch
+
+from finetune.errors import ExitCode, FinetuneError, HardwareError, StoppedError
+
+
+def as_fault(error: BaseException) -> BaseException:
+    """The error a user is shown for what ended the training; an unexpected one stays as it is, with its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return StoppedError("stopped at once on the second signal; the same command continues from the last checkpoint")
+    if isinstance(error, torch.OutOfMemoryError):
+        return HardwareError(
+            "out of memory; halve training.per_device_train_batch_size (global_batch_size stays), set "
+            "training.activation_checkpointing: true, lower data.max_length, or set model.quantization: nf4 "
+            f"({str(error).splitlines()[0]})"
+        )
+    return error
+
+
+def code_and_reason(error: BaseException) -> tuple[int, str]:
+    """What exit.json says of it."""
+    if isinstance(error, FinetuneError):
+        return error.exit_code, str(error)
+    return ExitCode.FAILURE, f"{type(error).__name__}: {error}"
