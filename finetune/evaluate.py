@@ -98,16 +98,18 @@ def _answer(
     product: Product, recipe: Recipe, limit: int | None, base_too: bool
 ) -> tuple[list[Question], list[tuple[str, list[str], float]]]:
     """The questions, and each model's answers with the time they took; base first."""
-    from finetune.data.questions import questions
-    from finetune.model.answer import answers
-    from finetune.model.fetch import fetch
-    from finetune.model.folder import find
-    from finetune.model.load import load_tokenizer, stop_ids
     from finetune.plan.hardware import detect
     from finetune.run.say import quieten
 
     hardware = detect(recipe.launch.device)
     quieten(hardware.device)
+
+    from finetune.data.questions import questions
+    from finetune.model.answer import answers
+    from finetune.model.fetch import fetch
+    from finetune.model.folder import find
+    from finetune.model.load import load_tokenizer, stop_ids
+
     options = recipe.evaluate
     model_options = recipe.model.model_copy(update={"name_or_path": product.base})
     base = fetch(find(product.base), recipe.model.revision, recipe.model.trust_remote_code)
@@ -198,7 +200,7 @@ def _write(
         }
         for n, question in enumerate(questions)
     ]
-    path = product.folder / "evaluation.json"
+    path = product.folder / ("evaluation.json" if product.adapter else f"evaluation-{product.label}.json")
     write_json(path, {key: facts[key] for key in ("target", "rows", "scores", "seconds")} | {"answers": rows})
     return path
 

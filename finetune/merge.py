@@ -44,15 +44,17 @@ def run(
         ExportError: the adapter does not fit the base, or the proof fails; nothing is left behind then.
         RefusedError: the output exists.
     """
+    from finetune.run.say import quieten
+
+    quieten("cpu")
+
     from finetune.exports import merged as merged_export
     from finetune.files import staged_folder, write_json
     from finetune.model.fetch import fetch
     from finetune.model.folder import find
     from finetune.run.product import identify
-    from finetune.run.say import quieten
 
     started = time.monotonic()
-    quieten("cpu")
     product = identify(target)
     if product.adapter is None:
         raise RefusedError(f"{target}: holds whole weights already, so there is nothing to merge")

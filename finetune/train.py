@@ -142,23 +142,25 @@ def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
 
 def _train(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any]:
     """One process of the run, from the data to the saved adapter."""
+    from finetune.plan.hardware import compute_dtype, detect
+    from finetune.run.say import Say, quieten
+
+    hardware = detect(loaded.recipe.launch.device)
+    quieten(hardware.device)  # before peft is imported, whose import asks bitsandbytes for kernels
+
     from transformers import set_seed
 
     from finetune.data.feed import feed
     from finetune.model.build import build
     from finetune.model.fetch import fetch
     from finetune.model.load import attention, load_tokenizer, precision, stop_ids
-    from finetune.plan.hardware import compute_dtype, detect
     from finetune.run import ranks
     from finetune.run.arguments import batch_shape, trainer_arguments
-    from finetune.run.say import Say, quieten
 
     recipe = loaded.recipe
     launched = ranks.world()
     say = Say(launched.is_main)
     ranks.check_asked(recipe.launch.num_processes, launched)
-    hardware = detect(recipe.launch.device)
-    quieten(hardware.device)
     compute = compute_dtype(recipe.model.dtype, hardware)
     kept = precision(recipe.model, recipe.adapter.method, compute)
     shape = batch_shape(recipe.training, launched.size)

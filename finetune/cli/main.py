@@ -141,7 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `finetune`; by default those of this process.
     """
     no_telemetry()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the forks of data loading
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
     try:
@@ -185,6 +184,9 @@ def _report(
     kind: str, exit_code: int, message: str, as_json: bool, problems: list[dict[str, Any]] | None = None
 ) -> int:
     """Show an error on stderr, and on stdout as JSON when the verb was asked for JSON; return its exit code."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        message = f"rank {rank}: {message}"
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.text import Text

@@ -173,8 +173,7 @@ class AdapterMoves(TrainerCallback):
         still = self.untrained(given["model"])
         if still:
             raise ModelError(
-                f"after {state.global_step} steps the adapter of {len(still)} modules is still zero, so nothing trains "
-                f"it: {', '.join(still[:8])}{' …' if len(still) > 8 else ''}; leave them out of adapter.target_modules "
-                ""
-                "or report this if they should train"
+                f"after {state.global_step} steps the adapter of {len(still)} modules is still zero, so nothing "
+                f"trains it: {', '.join(still[:8])}{' …' if len(still) > 8 else ''}; leave them out of "
+                "adapter.target_modules, or report this if they should train"
             )

@@ -51,7 +51,9 @@ def identify(target: str) -> Product:
 
 
 def _whole_or_adapter(path: Path, folder: Path) -> Product:
-    recipe = next((p for p in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if p.is_file()), None)
+    if (folder.parent / "run.json").is_file():
+        folder = folder.parent  # adapter/ or merged/ inside a run
+    recipe = next((p for p in (folder / "recipe.yaml", path.parent / "recipe.yaml") if p.is_file()), None)
     config = path / "adapter_config.json"
     if config.is_file():
         try:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerControl
 from trl import SFTTrainer
 
 from finetune.errors import NonFiniteError
@@ -55,6 +56,8 @@ class Trainer(SFTTrainer):
         folder: the run's folder.
         saved_seconds: wall time spent in writing checkpoints.
     """
+
+    control: TrainerControl  # untyped upstream
 
     def __init__(self, *, folder: RunFolder, collate: RowCollator, **arguments: Any) -> None:
         """
@@ -121,7 +124,9 @@ class Trainer(SFTTrainer):
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         loss = torch.stack([value.float() for value in self._micro_losses]).sum()
-        bad = torch.tensor([0.0 if bool(torch.isfinite(loss)) and _finite(norm) else 1.0], device=self.args.device)
+        # In float16 the gradient scaler probes for its limit: it skips steps whose gradient overflowed.
+        finite = bool(torch.isfinite(loss)) and (self.args.fp16 or _finite(norm))
+        bad = torch.tensor([0.0 if finite else 1.0], device=self.args.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         origins, self._origins, self._micro_losses = self._origins, [], []
