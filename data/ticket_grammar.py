@@ -112,13 +112,13 @@ class TicketWriter:
     def ticket(self, paraphrase: Paraphrase, priority: str, product: str) -> str:
         """The user's text: complaint, cue and distractors in any order, a greeting before and a closing after them."""
         parts = [paraphrase.text]
-        if self.grammar["priorities"][priority]:
-            parts.append(self.cue_decks[priority].draw())
-        parts += self.chance.sample(self.grammar["distractors"], self.chance.choices((0, 1, 2), (50, 42, 8))[0])
-        self.chance.shuffle(parts)
-        if self.chance.random() < 0.3:
+        parts += self.chance.sample(self.grammar["distractors"], self.chance.choices((0, 1, 2), (60, 35, 5))[0])
+        if self.chance.random() < 0.25:
             place = self.chance.randrange(len(parts))
             parts[place] = misspelt(parts[place], self.grammar["misspellings"], self.chance)
+        if self.grammar["priorities"][priority]:
+            parts.append(self.cue_decks[priority].draw())
+        self.chance.shuffle(parts)
         if self.chance.random() < 0.45:
             parts.insert(0, self.chance.choice(self.grammar["greetings"]))
         if self.chance.random() < 0.35:
