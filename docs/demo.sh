@@ -23,7 +23,7 @@ cat <<'END'
 The adapter is in runs/quickstart/adapter, the merged model in runs/quickstart/merged.
 What to run next:
   finetune recipe list                          every recipe that comes along
-  finetune recipe copy qwen3-0.6b               a Qwen recipe to make your own
+  finetune recipe copy qwen3/0.6b-lora          a Qwen recipe to make your own
   finetune train recipes/quickstart-qlora.yaml  the same with a 4-bit base (QLoRA)
   finetune train recipes/quickstart.yaml launch.num_processes=2 output_dir=runs/two
                                                 two processes, or two GPUs
