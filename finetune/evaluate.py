@@ -112,7 +112,8 @@ def _answer(
 
     options = recipe.evaluate
     model_options = recipe.model.model_copy(update={"name_or_path": product.base})
-    base = fetch(find(product.base), recipe.model.revision, recipe.model.trust_remote_code)
+    revision = recipe.model.revision if product.base == recipe.model.name_or_path else None
+    base = fetch(find(product.base), revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(model_options, base)
     stops = stop_ids(tokenizer, base)
     asked = questions(options.data, tokenizer, recipe.data.chat_template, stops, limit)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExitCode, FinetuneError, HardwareError, RecipeError, StoppedError
+from finetune.errors import ExitCode, FinetuneError, HardwareError, NonFiniteError, RecipeError, StoppedError
 from finetune.recipe.load import load_recipe
 from finetune.recipe.loaded import LoadedRecipe
 from finetune.recipe.shipped import configs_folder
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from finetune.run.say import Say
     from finetune.run.trainer import Trainer
 
-# Keys that training reads; `evaluate` and `export` belong to other verbs.
-READ_HERE = ("model", "adapter", "data", "training", "launch", "tracking", "output_dir")
+# Keys that training has read before its first step. `evaluate` and `export` belong to other verbs; `tracking` is read
+# when the trackers start, and the recipe is refused when it sets other keys of it without naming a tracker.
+READ_HERE = ("model", "adapter", "data", "training", "launch", "output_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +161,7 @@ def _train(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any]:
     recipe = loaded.recipe
     launched = ranks.world()
     say = Say(launched.is_main)
-    ranks.check_asked(recipe.launch.num_processes, launched)
+    ranks.check_asked(recipe.launch, launched)
     compute = compute_dtype(recipe.model.dtype, hardware)
     kept = precision(recipe.model, recipe.adapter.method, compute)
     shape = batch_shape(recipe.training, launched.size)
@@ -277,14 +278,18 @@ def _run(
     for line in passed_over:
         say("resume", f"passed over {line}")
     say("resume", f"from {resume}" if resume else "")
-    unread = loaded.unread(READ_HERE)
-    assert not unread, f"the recipe sets {', '.join(unread)}, and nothing has read it"
+    if unread := loaded.unread(READ_HERE):
+        raise RecipeError(
+            f"{', '.join(unread)}: nothing reads this beside the other values of this recipe, so it would have no "
+            "effect; remove it, or report it if it should have one"
+        )
     trackers = Trackers(folder.root, [])
     if launched.is_main:
         _begin(loaded, checked, base, data, built, derived, hardware, launched, resume)
         trackers = Trackers.start(loaded.recipe.tracking, folder.root)
     started = time.monotonic()
     facts: dict[str, Any] = {}
+    together = False  # whether all ranks end alike, so that they can wait for rank 0's last words
     try:
         stopper.listen()
         trainer.train(resume_from_checkpoint=resume)
@@ -297,6 +302,7 @@ def _run(
         facts = _finish(loaded, checked, base, data, built, trainer, launched, time.monotonic() - started, say)
     except BaseException as error:
         shown = as_fault(error)
+        together = stopper.stopped or isinstance(shown, NonFiniteError)
         if launched.is_main:
             folder.write_exit(*code_and_reason(shown), trainer.state.global_step)
         if shown is error:
@@ -306,6 +312,8 @@ def _run(
         stopper.restore()
         for outcome in trackers.finish():
             say("tracker", str(outcome))
+        if together:
+            ranks.meet(launched)
     if launched.is_main:
         folder.write_exit(ExitCode.OK, "finished", step, facts)
     return facts

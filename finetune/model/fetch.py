@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from finetune.errors import EnvironmentFault, ModelError
+from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.model.folder import Base, check
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
@@ -24,9 +24,14 @@ def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> 
 
     Raises:
         EnvironmentFault: the hub cannot be reached and the cache does not hold the model.
+        RecipeError: a revision of a local folder.
         ModelError: no such model or revision, no access, or the download is not whole.
     """
     if base.folder is not None:
+        if revision is not None:
+            raise RecipeError(
+                f"model.revision: does nothing for a local folder ({base.name}); remove it, or name a model of the hub"
+            )
         return base
     wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
     try:

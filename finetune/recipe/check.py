@@ -162,6 +162,19 @@ class Check:
                 ("model", "quantization"),
                 "quantised weights cannot be trained, as adapter.method: none asks; write none or adapter.method: lora",
             )
+        if self._get("adapter", "method") == "none":
+            for name in self._written("adapter"):
+                if name != "method" and name in fields.names("adapter"):
+                    self.say(("adapter", name), "does nothing without an adapter (adapter.method: none); remove it")
+        if not self._get("tracking", "trackers"):
+            for name in self._written("tracking"):
+                if name != "trackers" and name in fields.names("tracking"):
+                    self.say(("tracking", name), "does nothing without tracking.trackers; name a tracker, or remove it")
+
+    def _written(self, section: str) -> tuple[str, ...]:
+        """The keys that the user wrote in a section."""
+        part = self.value.get(section)
+        return tuple(part) if isinstance(part, dict) else ()
 
     def _get(self, section: str, name: str) -> Any:
         part = self.value.get(section, {})

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.errors import EnvironmentFault, HardwareError, RefusedError
+from finetune.errors import EnvironmentFault, HardwareError, RecipeError, RefusedError
+from finetune.recipe.sections import LaunchOptions
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,19 @@ def world() -> World:
     return World(int(value("RANK", "0")), int(value("LOCAL_RANK", "0")), int(value("WORLD_SIZE", "1")))
 
 
-def check_asked(asked: int | None, launched: World) -> None:
-    """Compare `launch.num_processes` with what the launcher started.
+def check_asked(options: LaunchOptions, launched: World) -> None:
+    """Compare the launch section with what the launcher started.
 
     Raises:
-        HardwareError: they differ.
+        HardwareError: another number of processes.
+        RecipeError: a config for a launcher, and one process, which needs none.
     """
+    asked = options.num_processes
+    if options.config is not None and launched.size == 1:
+        raise RecipeError(
+            f"launch.config: {options.config} does nothing for one process, which is started without a launcher; "
+            "remove it, or set launch.num_processes"
+        )
     if asked is not None and asked != launched.size:
         raise HardwareError(
             f"launch.num_processes: the recipe asks for {asked} processes and the launcher started {launched.size}; "
@@ -82,6 +90,12 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def meet(launched: World) -> None:
+    """Wait for all ranks: a launcher kills the others as soon as one has ended with an error."""
+    if launched.size > 1 and dist.is_initialized():
+        dist.barrier()
 
 
 def from_main(launched: World, make: Callable[[], Any]) -> Any:
