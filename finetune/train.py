@@ -278,7 +278,7 @@ def _run(
     for line in passed_over:
         say("resume", f"passed over {line}")
     say("resume", f"from {resume}" if resume else "")
-    if unread := loaded.unread(READ_HERE):
+    if unread := [key for key in loaded.unread(READ_HERE) if not loaded.is_default(key)]:
         raise RecipeError(
             f"{', '.join(unread)}: nothing reads this beside the other values of this recipe, so it would have no "
             "effect; remove it, or report it if it should have one"

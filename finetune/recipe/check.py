@@ -163,18 +163,23 @@ class Check:
                 "quantised weights cannot be trained, as adapter.method: none asks; write none or adapter.method: lora",
             )
         if self._get("adapter", "method") == "none":
-            for name in self._written("adapter"):
-                if name != "method" and name in fields.names("adapter"):
+            for name in self._changed("adapter"):
+                if name != "method":
                     self.say(("adapter", name), "does nothing without an adapter (adapter.method: none); remove it")
         if not self._get("tracking", "trackers"):
-            for name in self._written("tracking"):
-                if name != "trackers" and name in fields.names("tracking"):
+            for name in self._changed("tracking"):
+                if name != "trackers":
                     self.say(("tracking", name), "does nothing without tracking.trackers; name a tracker, or remove it")
 
-    def _written(self, section: str) -> tuple[str, ...]:
-        """The keys that the user wrote in a section."""
+    def _changed(self, section: str) -> tuple[str, ...]:
+        """The keys of a section that the user gave another value than the default; a resolved recipe holds all keys."""
         part = self.value.get(section)
-        return tuple(part) if isinstance(part, dict) else ()
+        if not isinstance(part, dict):
+            return ()
+        known = fields.known_keys()
+        return tuple(
+            name for name, value in part.items() if (key := known.get(f"{section}.{name}")) and value != key.default
+        )
 
     def _get(self, section: str, name: str) -> Any:
         part = self.value.get(section, {})

@@ -59,6 +59,11 @@ class LoadedRecipe:
             if (sections is None or parse_dotted(key)[0] in sections) and not _was_read(self.recipe, key)
         )
 
+    def is_default(self, key: str) -> bool:
+        """Whether a dotted key has its default value, however it came to it."""
+        known = fields.known_keys().get(generic(parse_dotted(key)))
+        return known is not None and self.value(key) == known.default
+
     def resolved(self, derived: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Every key with its value, as plain dict, list, str, int, float, bool and None.
 
