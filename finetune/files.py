@@ -13,20 +13,21 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DiskError, RefusedError
+from finetune.errors import DiskError, FinetuneError, RefusedError
 
 MANIFEST = "manifest.json"
 _NEARLY_FULL = 64 * 2**20  # bytes free below which torch's writer is taken to have failed for want of space
 
 
 def _umask() -> int:
-    current = os.umask(0)
+    current = os.umask(0o077)  # it can only be read by setting it: what another thread makes meanwhile stays private
     os.umask(current)
     return current
 
@@ -36,21 +37,37 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of a write into a DiskError that names the place and the remedy."""
     try:
         yield
+    except FinetuneError:
+        raise  # explained already
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(path) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DiskError(f"{path}: cannot write here ({error.strerror}); choose another output_dir") from error
-        if error.errno == errno.EIO:
-            raise DiskError(f"{path}: the disk reported an I/O error; check the disk") from error
+        if explained := _explained(path, error.errno):
+            raise explained from error
         raise
     except Exception as error:
-        # safetensors and torch report a full disk in exceptions of their own, without an errno.
-        full = "os error 28" in str(error) or "No space left" in str(error)
+        # safetensors and torch report a failed write in exceptions of their own, without an errno.
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if told and (explained := _explained(path, int(told[1]))):
+            raise explained from error
         stream_broke = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
-        if full or (stream_broke and shutil.disk_usage(existing_parent(path)).free < _NEARLY_FULL):
+        nearly_full = stream_broke and shutil.disk_usage(existing_parent(path)).free < _NEARLY_FULL
+        if nearly_full or "No space left" in str(error):
             raise _no_space(path) from error
         raise
+
+
+def _explained(path: Path, number: int | None) -> DiskError | None:
+    """What the user can do about a failed write; None where the fault is not of the user's making."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return _no_space(path)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DiskError(f"{path}: cannot write here ({os.strerror(number)}); choose another output_dir")
+    if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return DiskError(f"{path}: a file stands where a folder is needed, or the reverse; choose another output_dir")
+    if number == errno.ENAMETOOLONG:
+        return DiskError(f"{path}: the name is too long for this disk; choose a shorter output_dir")
+    if number == errno.EIO:
+        return DiskError(f"{path}: the disk reported an I/O error; check the disk")
+    return None
 
 
 def _no_space(path: Path) -> DiskError:
@@ -64,7 +81,7 @@ def _no_space(path: Path) -> DiskError:
 def existing_parent(path: Path) -> Path:
     """`path`, or its nearest ancestor that exists."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # Path.exists raises below a folder that may not be searched
         path = path.parent
     return path
 
@@ -126,25 +143,35 @@ def sha256(path: Path) -> str:
 
 
 def tree_hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of every file below `folder` but its manifest, by relative path."""
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+    """Size in bytes and SHA-256 of every file below `folder` but its own manifest, by relative path."""
+    return {name: _facts(path) for name, path in _files(folder).items()}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def manifest_faults(folder: Path) -> list[str]:
     """What differs between `folder` and its manifest; empty when the folder is whole."""
     path = folder / MANIFEST
     try:
-        expected = json.loads(path.read_text(encoding="utf-8"))["files"]
+        expected = dict(json.loads(path.read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{MANIFEST} is missing or unreadable"]
-    found = tree_hashes(folder)
+    found = _files(folder)
     faults = [f"{name} is missing" for name in expected if name not in found]
     faults += [f"{name} is not in the manifest" for name in found if name not in expected]
-    faults += [f"{name} differs from its hash" for name in expected if name in found and found[name] != expected[name]]
+    for name in sorted(expected.keys() & found.keys()):
+        try:
+            if _facts(found[name]) != expected[name]:
+                faults.append(f"{name} differs from its hash")
+        except OSError as error:
+            faults.append(f"{name} cannot be read ({error.strerror})")
     return faults
 
 
@@ -160,8 +187,7 @@ def staged_folder(target: Path, manifest: dict[str, Any] | None = None) -> Itera
         DiskError: a write failed; nothing is left behind.
         RefusedError: `target` exists.
     """
-    if target.exists():
-        raise RefusedError(f"{target} exists already; remove it or choose another place")
+    _refuse_existing(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
@@ -171,11 +197,17 @@ def staged_folder(target: Path, manifest: dict[str, Any] | None = None) -> Itera
                 write_json(staging / MANIFEST, {**manifest, "files": tree_hashes(staging)})
             fsync_tree(staging)
             os.chmod(staging, 0o777 & ~_umask())
+            _refuse_existing(target)  # it may have been made meanwhile, and an empty folder would be replaced
             os.rename(staging, target)
             fsync_folder(target.parent)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise RefusedError(f"{target} exists already; remove it or choose another place")
 
 
 @contextlib.contextmanager
