@@ -37,6 +37,8 @@ def resolve(kind: str, name: str, table: Mapping[str, str]) -> Any:
             f"unknown {kind} {name!r}{hint} (known: {', '.join(sorted(table))}; or package.module:attribute)"
         )
     module_name, attribute = target.split(":", 1)
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise RecipeError(f"{kind} {name!r}: not of the form package.module:attribute")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

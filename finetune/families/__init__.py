@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune.errors import RecipeError
 from finetune.families.family import Family
 from finetune.registry import resolve
 
@@ -19,10 +20,12 @@ def match(name: str, model_type: str) -> Family | None:
     """The family a recipe names, or with `auto` the one that `model_type` belongs to; None when no file knows it.
 
     Raises:
-        RecipeError: `name` is neither `auto`, nor in FAMILIES, nor importable.
+        RecipeError: `name` is neither `auto`, nor in FAMILIES, nor importable, or what it names is no family.
     """
     if name != "auto":
-        family: Family = resolve("family", name, FAMILIES)
+        family = resolve("family", name, FAMILIES)
+        if not isinstance(family, Family):
+            raise RecipeError(f"model.family: {name} is a {type(family).__name__}, not a finetune Family")
         return family
     for key in FAMILIES:
         family = resolve("family", key, FAMILIES)
