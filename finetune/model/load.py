@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from finetune.compat import keep_4bit_unpacked
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.model.folder import Base
 from finetune.recipe.sections import ModelOptions
@@ -17,6 +20,11 @@ from finetune.recipe.sections import ModelOptions
 # On a CPU the backward pass of torch's flash attention takes 30 % of a step of short rows; eager attention is faster up
 # to about this many tokens, where its quadratic score matrix begins to cost more than it saves.
 EAGER_UP_TO = 512
+
+# What transformers raises on a folder it cannot make a model of. RuntimeError is not among them: it may be memory.
+_NOT_LOADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError, StrictDataclassError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,18 +77,18 @@ def load_tokenizer(options: ModelOptions, base: Base) -> Tokenizer:
     assert base.folder is not None, "a base is fetched before it is loaded"
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _NOT_LOADABLE as error:
         raise _not_loaded(options, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         # Only padding positions carry it, and those are masked by position, never by this id.
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
 def _not_loaded(options: ModelOptions, part: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return ModelError(
-        f"model.name_or_path: cannot load the {part} of {options.name_or_path}: {reason}; check that it is a causal "
+        f"model.name_or_path: cannot load the {part} of {options.name_or_path} ({reason}); check that it is a causal "
         "language model that the installed transformers knows, and that the folder holds all of it"
     )
 
@@ -128,30 +136,46 @@ def load_base(
         "attn_implementation": attn_implementation,
         "trust_remote_code": options.trust_remote_code,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are in the report, and refused below by name
     }
     if quantization is not None:
         arguments["quantization_config"] = quantization
         arguments["device_map"] = {"": device if device is not None else "cpu"}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(base.folder, **arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except _NOT_LOADABLE as error:
         raise _not_loaded(options, "model", error) from error
     _refuse_missing(options.name_or_path, report)
-    model.config.use_cache = False
+    keep_4bit_unpacked(model)
     if quantization is None and device is not None:
         model.to(device)
+    _keep_differentiable(model)
     return model
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit layers on CPUs with AVX512-BF16.
+
+    There the first forward in eval mode repacks a layer for good, for a kernel that rounds to bfloat16 and has no
+    gradient: a validation in the middle of a run would cut every gradient below the layer, without an error
+    (bitsandbytes 0.50). The attribute is the layer's own switch.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _refuse_missing(name: str, report: dict[str, Any]) -> None:
     """transformers fills weights that no file holds with random numbers; that is never what a user wants."""
-    missing = sorted(report.get("missing_keys") or ())
-    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
-    if missing or mismatched:
-        lines = [f"  {key}: in no file" for key in missing[:10]] + [f"  {key}: wrong shape" for key in mismatched[:10]]
+    lines = [f"  {key}: in no file" for key in sorted(report["missing_keys"])]
+    lines += [
+        f"  {key}: {tuple(stored)} in its file, {tuple(needed)} by config.json"
+        for key, stored, needed in sorted(report["mismatched_keys"])
+    ]
+    if lines:
         raise ModelError(
-            f"the base model {name} lacks {len(missing) + len(mismatched)} weights, which would be random:\n"
-            + "\n".join(lines)
+            f"the base model {name} lacks {len(lines)} weights, which would be random:\n"
+            + "\n".join(lines[:10])
             + "\ndownload the model again, or name the right one"
         )
 
@@ -162,11 +186,18 @@ def quantized_modules(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def stop_ids(tokenizer: Tokenizer, base: Base) -> frozenset[int]:
-    """The token ids that end an answer: the tokenizer's, the config's and the generation config's end tokens."""
+    """The token ids that end an answer: the tokenizer's, the config's and the generation config's end tokens.
+
+    Raises:
+        ModelError: the generation config is damaged.
+    """
     assert base.folder is not None, "a base is fetched before it is loaded"
     found: set[int] = set()
     file = base.folder / "generation_config.json"
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        generation = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); download it again") from error
     for value in (tokenizer.eos_token_id, base.config.get("eos_token_id"), generation.get("eos_token_id")):
         if isinstance(value, int):
             found.add(value)
