@@ -20,7 +20,7 @@ OFFLINE = ROOT / "tests" / "offline"
 sys.path.insert(0, str(OFFLINE))
 
 import network  # noqa: E402 - lies in the folder just added
-from tiny import BASES, Lab, chats, write_rows  # noqa: E402
+from tiny import Lab, lab_in  # noqa: E402
 from warm import Outcome, Warm  # noqa: E402
 
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
@@ -102,12 +102,8 @@ def bases(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lab(tmp_path: Path, bases: Path, warm: Warm) -> Lab:
-    """A folder with bases, 16 rows to train on and 6 to validate on, and the command line run in it."""
-    for name in BASES:
-        (tmp_path / name).symlink_to(bases / name)
-    write_rows(tmp_path / "train.jsonl", chats(16))
-    write_rows(tmp_path / "held.jsonl", chats(6, seed=9))
-    return Lab(tmp_path, warm)
+    """A folder with bases and data, and the command line run in it."""
+    return lab_in(tmp_path, bases, warm)
 
 
 @pytest.fixture

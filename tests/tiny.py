@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterable, Mapping
@@ -115,6 +116,15 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return result
 
 
+def lab_in(folder: Path, bases: Path, warm: Warm) -> Lab:
+    """A lab in an empty folder: the bases, 16 rows to train on and 6 to validate on."""
+    for name in BASES:
+        (folder / name).symlink_to(bases / name)
+    write_rows(folder / "train.jsonl", chats(16))
+    write_rows(folder / "held.jsonl", chats(6, seed=9))
+    return Lab(folder, warm)
+
+
 @dataclass(frozen=True)
 class Lab:
     """A folder with the tiny bases linked into it, data, recipes, and the command line run in it.
@@ -138,6 +148,10 @@ class Lab:
     def train(self, changes: Mapping[str, Any] | None = None, *words: str, **how: Any) -> Outcome:
         """`finetune train` on a recipe with `changes`."""
         return self.warm.run("train", self.recipe(changes), *words, cwd=self.folder, **how)
+
+    def importable(self) -> dict[str, str]:
+        """An environment in which modules in the folder can be imported."""
+        return {"PYTHONPATH": os.pathsep.join([str(self.folder), os.environ["PYTHONPATH"]])}
 
     def losses(self, run: str = "run") -> list[float]:
         """The logged training losses of a run, in order."""

@@ -320,7 +320,8 @@ def _call(entry: str, argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.argv = ["finetune", *argv]
-    sys.path.insert(0, os.environ["FINETUNE_ROOT"])
+    paths = [os.environ["FINETUNE_ROOT"], *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.path[:0] = [path for path in paths if path and path not in sys.path]
     module, attribute = entry.split(":")
     try:
         result = getattr(importlib.import_module(module), attribute)(list(argv))
