@@ -27,7 +27,7 @@ from finetune.run.folder import RunFolder, now
 from finetune.run.loss import TrainedTokenLoss, trained_positions
 
 # What the stock trainer adds to a checkpoint and nobody reads at a resume: pickled arguments with the hub token in
-# clear text, and a model card of placeholders.
+# clear text, and peft's model card of placeholders.
 _NOT_KEPT = ("training_args.bin", "README.md")
 
 
@@ -193,6 +193,9 @@ class Trainer(SFTTrainer):
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self._staging)
+
+    def create_model_card(self, *arguments: Any, **named: Any) -> None:
+        """None: the product gets its card when it is saved; TRL would leave one of placeholders among checkpoints."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint beside its place, and rename it there when it is whole and on the disk."""
