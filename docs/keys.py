@@ -1,7 +1,7 @@
 """Writes the table of recipe keys in docs/recipe.md, from the sections themselves.
 
-    python docs/keys.py            writes the table into the page
-    python docs/keys.py --check    exits with 1 when the page is not up to date
+python docs/keys.py            writes the table into the page
+python docs/keys.py --check    exits with 1 when the page is not up to date
 """
 
 from __future__ import annotations
