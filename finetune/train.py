@@ -124,21 +124,17 @@ def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
     count = recipe.launch.num_processes or hardware.count
     if count == 1:
         return None
-    asked = [] if recipe.launch.num_processes else [f"launch.num_processes={count}"]
-    words = [str(loaded.path), *loaded.overrides, *asked, *(["--overwrite"] if overwrite else [])]
+    words = [str(loaded.path), *loaded.overrides, *(["--overwrite"] if overwrite else [])]
     plan = plan_launch(recipe.launch, count, hardware.device, configs_folder(), words)
-    folder = RunFolder(Path(recipe.output_dir))
-    before = read_json(folder.exit)
     print(f"+ {plan}", file=sys.stderr, flush=True)
-    code = follow(plan)
-    ended = read_json(folder.exit)
+    code, told = follow(plan)
     if code == 0:
-        return dict(ended.get("facts") or {})
-    if ended and ended != before:
-        error = FinetuneError(str(ended.get("reason")))
-        error.exit_code = int(ended.get("exit_code") or ExitCode.FAILURE)
+        return dict(read_json(RunFolder(Path(recipe.output_dir)).exit).get("facts") or {})
+    if told:
+        error = FinetuneError(str(told["reason"]))
+        error.exit_code = int(told["exit_code"])
         raise error
-    raise HardwareError(f"the launcher ended with {code} before the run began; its messages stand above")
+    raise HardwareError(f"the launcher ended with {code}, and no process said why; its messages stand above")
 
 
 def _train(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any]:
@@ -248,10 +244,7 @@ def _derived(
         "training.activation_checkpointing": bool(arguments.activation_checkpointing),
         **targets,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
-        "dtype of matrix products": kept.compute,
-        "dtype of the base": kept.base,
-        "dtype of the trained weights": kept.trained,
-        "dtype of the optimizer state": kept.optimizer,
+        **kept.facts(),
     }
 
 

@@ -82,3 +82,14 @@ def test_a_faulty_recipe_at_the_door_has_no_traceback(cli: Callable[..., Any], t
     assert done.returncode == ExitCode.RECIPE
     assert "bad.yaml:5:11: adapter.rr: unknown key; did you mean adapter.r?" in done.stderr.replace("\n", "")
     assert "Traceback" not in done.stderr
+
+
+def test_show_states_the_precisions_on_this_machine(recipe: str) -> None:
+    facts = json.loads(printed("show", recipe, "model.dtype=float32", "--here", "--json"))
+    assert facts["derived"] == {
+        "model.dtype": "float32",
+        "dtype of matrix products": "float32",
+        "dtype of the base": "float32",
+        "dtype of the trained weights": "float32",
+        "dtype of the optimizer state": "float32",
+    }

@@ -12,6 +12,7 @@ from finetune.errors import ExitCode
 from finetune.recipe.copy import copy_recipe
 from finetune.recipe.explain import Explanation, explain
 from finetune.recipe.load import load_recipe
+from finetune.recipe.loaded import LoadedRecipe
 from finetune.recipe.problems import RecipeProblems
 from finetune.recipe.schema import recipe_schema
 from finetune.recipe.shipped import first_comment, recipes_folder, shipped_recipes
@@ -31,17 +32,33 @@ def show(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     origins: Annotated[bool, typer.Option("--origins", help="Say behind each value where it came from.")] = False,
+    here: Annotated[
+        bool, typer.Option("--here", help="Say what `auto` precisions become on this machine. Loads torch.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print the resolved recipe: every key with its value."""
     loaded = load_recipe(recipe, overrides or ())
+    derived = _dtypes_here(loaded) if here else {}
     if as_json:
         facts: dict[str, Any] = {"recipe": loaded.resolved(), "hash": loaded.hash()}
+        if here:
+            facts["derived"] = derived
         if origins:
             facts["origins"] = {key: str(loaded.origin(key)) for key in loaded.set_keys()}
         _print_json(facts)
     else:
-        typer.echo(recipe_yaml(loaded, origins=origins), nl=False)
+        typer.echo(recipe_yaml(loaded, derived, origins=origins), nl=False)
+
+
+def _dtypes_here(loaded: LoadedRecipe) -> dict[str, str]:
+    """The precisions of base, trained weights, optimizer state and products on this machine."""
+    from finetune.model.load import precision
+    from finetune.plan.hardware import compute_dtype, detect
+
+    recipe = loaded.recipe
+    compute = compute_dtype(recipe.model.dtype, detect(recipe.launch.device))
+    return {"model.dtype": compute, **precision(recipe.model, recipe.adapter.method, compute).facts()}
 
 
 @app.command("explain")

@@ -43,6 +43,15 @@ class Precision:
     trained: str = "float32"
     optimizer: str = "float32"
 
+    def facts(self) -> dict[str, str]:
+        """As a resolved recipe states them."""
+        return {
+            "dtype of matrix products": self.compute,
+            "dtype of the base": self.base,
+            "dtype of the trained weights": self.trained,
+            "dtype of the optimizer state": self.optimizer,
+        }
+
 
 def precision(options: ModelOptions, method: str, compute: str) -> Precision:
     """What each part is kept in.
@@ -149,20 +158,7 @@ def load_base(
     keep_4bit_unpacked(model)
     if quantization is None and device is not None:
         model.to(device)
-    _keep_differentiable(model)
     return model
-
-
-def _keep_differentiable(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit layers on CPUs with AVX512-BF16.
-
-    There the first forward in eval mode repacks a layer for good, for a kernel that rounds to bfloat16 and has no
-    gradient: a validation in the middle of a run would cut every gradient below the layer, without an error
-    (bitsandbytes 0.50). The attribute is the layer's own switch.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _refuse_missing(name: str, report: dict[str, Any]) -> None:

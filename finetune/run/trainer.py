@@ -22,7 +22,7 @@ from transformers import TrainerControl
 from trl import SFTTrainer
 
 from finetune.errors import NonFiniteError
-from finetune.files import MANIFEST, disk_errors, fsync_folder, fsync_tree, tree_hashes, write_json
+from finetune.files import MANIFEST, disk_errors, existing_parent, fsync_folder, fsync_tree, tree_hashes, write_json
 from finetune.run.folder import RunFolder, now
 from finetune.run.loss import TrainedTokenLoss, trained_positions
 
@@ -66,8 +66,10 @@ class Trainer(SFTTrainer):
             collate: makes batches of prepared rows.
             arguments: SFTTrainer's own.
         """
+        before = existing_parent(folder.checkpoints)
         super().__init__(data_collator=collate, **arguments)
         self.folder = folder
+        self._leave_no_folder(before)
         self.saved_seconds = 0.0
         self._keep_trained_weights_float32()
         self._loss = TrainedTokenLoss(self.model, sharded=self.is_sharded)
@@ -75,6 +77,13 @@ class Trainer(SFTTrainer):
         self._logged_at = time.monotonic()
         self._micro_losses: list[Tensor] = []
         self._origins: list[str] = []
+
+    def _leave_no_folder(self, before: Path) -> None:
+        """The stock trainer has made its folder below `before`; a start that fails later must leave nothing."""
+        made = self.folder.checkpoints.absolute()
+        while self.args.should_save and made != before:
+            made.rmdir()
+            made = made.parent
 
     @property
     def is_sharded(self) -> bool:
@@ -152,7 +161,7 @@ class Trainer(SFTTrainer):
         batches = math.ceil(math.ceil(len(rows) / world) / size)  # equal on all ranks: a sharded forward is collective
         training = self.model.training
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(2, dtype=torch.float64)
         for number in range(batches):
             picked = mine[number * size : (number + 1) * size]
             batch = self._prepare_inputs(self.data_collator([rows[i] for i in picked or [0]]))
@@ -162,9 +171,10 @@ class Trainer(SFTTrainer):
             with self.compute_loss_context_manager():
                 total = self._loss(self.model, batch, positions, targets)
             if picked:
-                sums += torch.stack([total.double(), torch.tensor(float(targets.numel()), device=sums.device).double()])
+                sums += torch.tensor([total.item(), targets.numel()], dtype=torch.float64)
         self.model.train(training)
         if world > 1:
+            sums = sums.to(self.args.device)
             dist.all_reduce(sums)
         metrics = {f"{metric_key_prefix}_loss": (sums[0] / sums[1].clamp(min=1)).item()}
         self.log(dict(metrics))
