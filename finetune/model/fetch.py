@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from finetune.errors import EnvironmentFault, ModelError, RecipeError
+from finetune.files import disk_errors
 from finetune.model.folder import Base, check
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
+# The same weights once more in another layout, which some repositories carry beside those that transformers loads.
+_NOT_WANTED = ["*/*", "consolidated*.safetensors"]
 
 
 def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> Base:
@@ -23,7 +26,8 @@ def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> 
         trust_remote_code: also fetch the repository's Python files.
 
     Raises:
-        EnvironmentFault: the hub cannot be reached and the cache does not hold the model.
+        EnvironmentFault: the hub cannot be reached and the cache does not hold the model, or a download broke off.
+        DiskError: the cache cannot be written.
         RecipeError: a revision of a local folder.
         ModelError: no such model or revision, no access, or the download is not whole.
     """
@@ -35,7 +39,8 @@ def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> 
         return base
     wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
     try:
-        folder = snapshot_download(base.name, revision=revision, allow_patterns=wanted)
+        with disk_errors(Path(constants.HF_HUB_CACHE)):
+            folder = snapshot_download(base.name, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_WANTED)
     except LocalEntryNotFoundError as error:
         offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
         raise EnvironmentFault(
@@ -47,4 +52,17 @@ def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> 
         raise ModelError(
             f"model.name_or_path: cannot download {base.name}: {reason}; check the id, model.revision and HF_TOKEN"
         ) from error
+    except Exception as error:
+        if not _broke_off(error):
+            raise
+        raise EnvironmentFault(
+            f"model.name_or_path: the download of {base.name} broke off ({type(error).__name__}: {error}); run the "
+            "same command again, which continues it"
+        ) from error
     return check(base.name, Path(folder))
+
+
+def _broke_off(error: Exception) -> bool:
+    """Whether the network failed: an error of Python's own, or of the HTTP client that this hub release is built on."""
+    client = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0].startswith("httpx")}
+    return isinstance(error, ConnectionError | TimeoutError) or "TransportError" in client

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,12 @@ from finetune.errors import ModelError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _LFS = b"version https://git-lfs.github.com/spec/"
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+_TEXTS = (".json", ".txt", ".model", ".jinja")
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_SAMPLES = 16  # blocks of each weight file that a fingerprint reads
+_BLOCK = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,19 @@ class Base:
         return str(self.config.get("model_type", ""))
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over the config and the sizes of the weight files: enough to tell two bases apart."""
-        facts = [self.config, [(path.name, path.stat().st_size) for path in self.weights]]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """Hex SHA-256 over the config and a sample of the weights: it tells two fine-tunes of one model apart.
+
+        Reads 64 KiB of each weight file, so that it can be asked at every start.
+        """
+        hashed = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in self.weights:
+            size = path.stat().st_size
+            hashed.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as stream:
+                for number in range(_SAMPLES):
+                    stream.seek(max(0, size - _BLOCK) * number // (_SAMPLES - 1))
+                    hashed.update(stream.read(_BLOCK))
+        return hashed.hexdigest()
 
 
 def find(name_or_path: str) -> Base:
@@ -56,7 +71,10 @@ def find(name_or_path: str) -> Base:
     Raises:
         ModelError: the folder does not exist, lacks files, or holds files that are not what they seem.
     """
-    path = Path(name_or_path).expanduser()
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"model.name_or_path: {name_or_path}: there is no such user; write the whole path") from error
     if path.is_dir():
         return check(name_or_path, path)
     if path.exists():
@@ -65,7 +83,7 @@ def find(name_or_path: str) -> Base:
         raise ModelError(
             f"model.name_or_path: {name_or_path} does not exist (looked for {path.absolute()})" + _folder_hint(path)
         )
-    if not _HUB_ID.match(name_or_path):
+    if not _HUB_ID.fullmatch(name_or_path):
         raise ModelError(f"model.name_or_path: {name_or_path!r} is neither a folder nor a model id such as org/name")
     return Base(name_or_path, None, {})
 
@@ -81,7 +99,11 @@ def _folder_hint(path: Path) -> str:
         return "; `finetune base smollm2` makes it"
     parent = path.parent
     names = sorted(p.name for p in parent.iterdir() if (p / "config.json").is_file()) if parent.is_dir() else []
-    return f"; models there: {', '.join(names[:5])}" if names else ""
+    if names:
+        return f"; models there: {', '.join(names[:5])}"
+    if _HUB_ID.fullmatch(str(path)) and len(path.parts) == 2:
+        return f"; as there is a folder {path.parts[0]}/ here, this is no model id of the hub"
+    return ""
 
 
 def check(name: str, folder: Path) -> Base:
@@ -91,14 +113,19 @@ def check(name: str, folder: Path) -> Base:
         ModelError: with every fault found, each with its file and remedy.
     """
     faults: list[str] = []
-    config = _config(folder, faults)
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        faults.append(f"no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …); download the whole model folder")
-    weights = _weights(folder, faults)
-    for file in weights:
-        _check_safetensors(file, faults)
-    tokenizer = [part for part in _TOKENIZER_FILES if (folder / part).is_file()]
-    faults += [_lfs_fault(part) for part in tokenizer if _is_lfs(folder / part)]
+    config: dict[str, Any] = {}
+    weights: list[Path] = []
+    try:
+        texts = sorted(path for path in folder.iterdir() if path.suffix in _TEXTS and path.is_file())
+        faults += [_lfs_fault(path.name) for path in texts if _is_lfs(path)]
+        config = _config(folder, faults)
+        if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+            faults.append(f"no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …); download the whole model folder")
+        weights = _weights(folder, faults)
+        for file in weights:
+            _check_safetensors(file, faults)
+    except OSError as error:
+        faults.append(f"{Path(error.filename or folder).name} cannot be read: {error.strerror}")
     if faults:
         raise ModelError(f"the base model {folder} is not whole:\n" + "\n".join(f"  {fault}" for fault in faults))
     return Base(name, folder, config, tuple(weights))
@@ -107,31 +134,36 @@ def check(name: str, folder: Path) -> Base:
 def _config(folder: Path, faults: list[str]) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        faults.append("config.json is missing; name the folder that holds it")
+        if (folder / "adapter_config.json").is_file():
+            faults.append("this is an adapter, not a base (adapter_config.json); name the base it was trained on")
+        else:
+            faults.append("config.json is missing; name the folder that holds it")
         return {}
     if _is_lfs(path):
-        faults.append(_lfs_fault("config.json"))
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a mapping")
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         faults.append(f"config.json cannot be read: {error}; download it again")
         return {}
-    if not config.get("model_type"):
+    if not config.get("model_type") or not isinstance(config["model_type"], str):
         faults.append("config.json has no model_type, so transformers cannot tell the architecture")
     return config
 
 
 def _weights(folder: Path, faults: list[str]) -> list[Path]:
+    if (folder / SINGLE).is_file():  # before the index, as transformers looks for them
+        return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _indexed_weights(folder, faults)
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    gguf = sorted(p.name for p in folder.iterdir() if p.suffix == ".gguf")
     if pickled:
         faults.append(f"weights are pickled ({pickled[0]}), which can run code; convert them to safetensors")
+    elif gguf:
+        faults.append(f"weights are GGUF ({gguf[0]}), made for inference; download the safetensors of this model")
     else:
         faults.append(f"no weights: neither {SINGLE} nor {INDEX}")
     return []
@@ -139,12 +171,13 @@ def _weights(folder: Path, faults: list[str]) -> list[Path]:
 
 def _indexed_weights(folder: Path, faults: list[str]) -> list[Path]:
     if _is_lfs(folder / INDEX):
-        faults.append(_lfs_fault(INDEX))
         return []
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        faults.append(f"{INDEX} cannot be read: {error}; download it again")
+        if not names:
+            raise ValueError("it names no files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        faults.append(f"{INDEX} cannot be read: {error!r}; download it again")
         return []
     found = []
     for name in names:
@@ -172,10 +205,23 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError("not a safetensors file")
     header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    end = max((_end_of(name, entry) for name, entry in header.items()), default=0)
     if size != 8 + length + end:
         raise ValueError(f"{size} bytes where its header needs {8 + length + end}")
     return header
+
+
+def _end_of(name: str, entry: dict[str, Any]) -> int:
+    """Where a tensor ends, in bytes from the header's end; its span must be what its shape needs."""
+    try:
+        start, end = entry["data_offsets"]
+        needed = math.prod(entry["shape"]) * _BITS.get(entry["dtype"], 0) // 8
+        whole = 0 <= start <= end and (needed == end - start or entry["dtype"] not in _BITS)
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"its header is wrong about {name}")
+    return int(end)
 
 
 def _check_safetensors(path: Path, faults: list[str]) -> None:
@@ -184,7 +230,7 @@ def _check_safetensors(path: Path, faults: list[str]) -> None:
         return
     try:
         safetensors_header(path)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, RecursionError) as error:
         faults.append(f"{path.name} is damaged or half downloaded: {error}; download it again")
 
 
