@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from finetune.errors import RecipeError
@@ -78,6 +79,19 @@ def check_extra(extra: dict[str, Any]) -> None:
         raise RecipeError("\n".join(faults))
 
 
+def check_optim(name: str) -> None:
+    """Compare `training.optim` with the optimizers of the installed transformers.
+
+    Raises:
+        RecipeError: it has none of this name.
+    """
+    known = [kind.value for kind in OptimizerNames]
+    if name not in known:
+        near = nearest(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise RecipeError(f"training.optim: transformers has no optimizer {name!r}; {hint}")
+
+
 def trainer_arguments(
     options: TrainingOptions,
     launch: LaunchOptions,
@@ -102,6 +116,7 @@ def trainer_arguments(
         RecipeError: `training.extra` is refused by SFTConfig, or a key would do nothing.
     """
     check_extra(options.extra)
+    check_optim(options.optim)
     for key in ("eval_steps", "per_device_eval_batch_size"):
         if getattr(options, key) is not None and not validates:
             raise RecipeError(f"training.{key}: does nothing without data.validation; name such rows, or remove it")

@@ -169,9 +169,9 @@ def claim(root: Path, recipe_hash: str, overwrite: bool) -> tuple[RunFolder, boo
         RefusedError: the folder holds another run, a finished run, or files that are no run's.
     """
     folder = RunFolder(root)
-    if root.exists() and not root.is_dir():
-        raise RefusedError(f"output_dir: {root} is a file; choose a folder")
-    if not root.is_dir() or not any(root.iterdir()):
+    if not (above := existing_parent(root)).is_dir():
+        raise RefusedError(f"output_dir: {root}: {above} is a file; choose a folder")
+    if not any(path.is_file() for path in root.rglob("*")):  # also the empty folders that a start cut short leaves
         return folder, False
     if not folder.record.is_file():
         raise RefusedError(f"output_dir: {root} holds files that are no run's; choose an empty or new folder")
