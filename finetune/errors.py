@@ -32,6 +32,7 @@ class ExitCode:
     STOPPED = 75
     NON_FINITE = 76
     HANG = 77
+    INTERRUPTED = 130  # Ctrl-C where there is nothing to resume
 
 
 class FinetuneError(Exception):

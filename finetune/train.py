@@ -65,13 +65,16 @@ def run(recipe_path: str, overrides: list[str], *, overwrite: bool = False, as_j
     Raises:
         FinetuneError: whatever the user can mend, with its exit code.
     """
+    from finetune.run.launch import told_to_launcher
+
     loaded = load_recipe(recipe_path, overrides)
-    checked = check(loaded, overwrite)
-    facts = _launch(loaded, overwrite) if "WORLD_SIZE" not in os.environ else None
-    if facts is None:
-        facts = _train(loaded, checked)
-        if facts and not as_json:
-            _say_done(facts)
+    with told_to_launcher():
+        checked = check(loaded, overwrite)
+        facts = _launch(loaded, overwrite) if "WORLD_SIZE" not in os.environ else None
+        if facts is None:
+            facts = _train(loaded, checked)
+            if facts and not as_json:
+                _say_done(facts)
     return facts
 
 
@@ -109,12 +112,12 @@ def check(loaded: LoadedRecipe, overwrite: bool = False) -> Checked:
     folder, continuing = RunFolder(Path(recipe.output_dir)), False
     if os.environ.get("RANK", "0") == "0":  # other ranks take rank 0's word: it writes there while they still look
         folder, continuing = claim(folder.root, loaded.hash(), overwrite)
-    refuse(check_sources(recipe.data))
+    refuse(check_sources(recipe.data, method.needs))
     return Checked(base, family, method, folder, continuing)
 
 
 def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
-    """Start the launcher when there are several processes, and read from the run folder how it ended; None for one."""
+    """Start the launcher when there are several processes, and say how the run ended; None for one process."""
     from finetune.plan.hardware import detect
     from finetune.run.folder import RunFolder, read_json
     from finetune.run.launch import follow, plan_launch

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ExitCode.RECIPE
         return _report("UsageError", ExitCode.RECIPE, _usage(error), as_json)
     except (typer.Abort, KeyboardInterrupt):
-        return _report("Interrupted", 130, "interrupted", as_json)
+        return _report("Interrupted", ExitCode.INTERRUPTED, "interrupted", as_json)
     except (SystemExit, BrokenPipeError) as error:
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
             return _reader_gone()

@@ -10,12 +10,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from finetune.errors import RecipeError
+from finetune.errors import ExitCode, FinetuneError, HardwareError, RecipeError
+from finetune.files import write_json
 from finetune.recipe.sections import LaunchOptions
+from finetune.run.folder import read_json
+
+_REPORT = "FINETUNE_LAUNCH_REPORT"  # names the file in which a process of the run says why it failed
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,16 @@ def plan_launch(options: LaunchOptions, count: int, device: str, configs: Path, 
 
     Raises:
         RecipeError: the config file does not exist.
+        HardwareError: this is a process that should have been started with others, by such a command.
     """
     config = Path(options.config) if options.config else configs / "accelerate" / _config_name(device)
     if not config.is_file():
         raise RecipeError(f"launch.config: {config} does not exist")
+    if _REPORT in os.environ:
+        raise HardwareError(
+            f"launch.config: {config} started one process that knows of no others, where {count} were asked for; its "
+            "distributed_type must be MULTI_GPU, also on a CPU: see configs/accelerate"
+        )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(count), "--main_process_port", str(free_port())]
     command += ["-m", "finetune.train", *arguments]
@@ -67,11 +80,41 @@ def plan_launch(options: LaunchOptions, count: int, device: str, configs: Path, 
     return Launch(tuple(command), {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
 
 
-def follow(launch: Launch) -> int:
-    """Run the launcher, pass SIGINT, SIGTERM and SIGUSR1 on to all its processes, and return its exit code."""
-    process = subprocess.Popen(
-        launch.command, env={**os.environ, **launch.environment}, start_new_session=True, preexec_fn=_die_with_parent
-    )
+@contextlib.contextmanager
+def told_to_launcher() -> Iterator[None]:
+    """Pass on why the block failed to the `finetune train` that started the launcher, which loses exit codes.
+
+    The first process to fail is believed, but an error explained to the user before one that is not: when a process
+    ends, the others break down over its silence.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.FAILURE
+        told = {"exit_code": code, "reason": f"{type(error).__name__}: {error}"}
+        if isinstance(error, FinetuneError):
+            told = {"exit_code": error.exit_code, "reason": str(error)}
+        if path := os.environ.get(_REPORT):
+            before = read_json(Path(path)).get("exit_code")
+            if before is None or (before == ExitCode.FAILURE and isinstance(error, FinetuneError)):
+                write_json(Path(path), told)
+        raise
+
+
+def follow(launch: Launch) -> tuple[int, dict[str, Any]]:
+    """Run the launcher, passing SIGINT, SIGTERM and SIGUSR1 on to all its processes.
+
+    Returns:
+        The launcher's exit code; and of a run that failed `exit_code` and `reason`, empty when no process told them.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-launch-") as place:
+        report = Path(place) / "ended.json"
+        return _run(launch, {**os.environ, **launch.environment, _REPORT: str(report)}), read_json(report)
+
+
+def _run(launch: Launch, environment: dict[str, str]) -> int:
+    """Run the launcher to its end; its exit code."""
+    process = subprocess.Popen(launch.command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for pid in _descendants(process.pid):
@@ -95,12 +138,16 @@ def _die_with_parent() -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """The workers below the launcher. The launcher itself is left alone: it would kill them before they could save."""
+    """The workers below the launcher. The launcher itself is left alone: it would kill them before they could save.
+
+    Nor are trackers among them: they end when the run has ended.
+    """
     found = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
-                found += [int(child), *_descendants(int(child))]
+                if b"finetune.run.sidecar" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found += [int(child), *_descendants(int(child))]
     return found
 
 
