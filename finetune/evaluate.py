@@ -104,7 +104,7 @@ def _answer(
     hardware = detect(recipe.launch.device)
     quieten(hardware.device)
 
-    from finetune.data.questions import questions
+    from finetune.data.questions import questions, without_reasoning
     from finetune.model.answer import answers
     from finetune.model.fetch import fetch
     from finetune.model.folder import find
@@ -129,7 +129,8 @@ def _answer(
         ids, seconds = answers(
             model, prompts, stops, tokenizer.pad_token_id, options.max_new_tokens, options.batch_size, progress
         )
-        found.append((label, [tokenizer.decode(row, skip_special_tokens=True) for row in ids], seconds))
+        texts = [without_reasoning(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+        found.append((label, texts, seconds))
 
     if product.adapter is not None and base_too:
         with model.disable_adapter():

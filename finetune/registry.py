@@ -42,4 +42,5 @@ def resolve(kind: str, name: str, table: Mapping[str, str]) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise RecipeError(f"{kind} {name!r}: cannot import {target!r}: {error}") from error
+        hint = "" if name in table else "; install its package, or put its folder on PYTHONPATH"
+        raise RecipeError(f"{kind} {name!r}: cannot import {target!r}: {error}{hint}") from error

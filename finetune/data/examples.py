@@ -12,10 +12,20 @@ from finetune.data.read import Row, read
 from finetune.data.source import HubDataset, locate
 from finetune.errors import DataError
 from finetune.formats import FORMATS
-from finetune.formats.example import Example, Fault, Format, RowError
+from finetune.formats.example import (
+    Conversation,
+    Example,
+    Fault,
+    Format,
+    Gives,
+    PromptCompletion,
+    RowError,
+    Text,
+)
 from finetune.recipe.sections import DataOptions, Source
 from finetune.registry import nearest, resolve
 
+_KINDS: dict[type, Gives] = {Conversation: "messages", PromptCompletion: "prompt_completion", Text: "text"}
 SAMPLE = 100
 SHOWN = 10
 
@@ -98,19 +108,30 @@ def detect(rows: Sequence[Row], name: str) -> Format | Fault:
     return Fault("", found, f"those of a known format ({known})", fix, name)
 
 
-def check_sources(options: DataOptions) -> list[Fault]:
+def check_sources(options: DataOptions, needs: Sequence[Gives] | None = None) -> list[Fault]:
     """Everything wrong with the local sources of training and validation, without torch, tokenizer or network.
+
+    Args:
+        options: the data section.
+        needs: the kinds of examples that the training method takes; None for all.
 
     Raises:
         RecipeError: a format is unknown.
     """
-    return [
-        found
-        for source in dict.fromkeys((*options.train, *options.validation))
-        if not isinstance(locate(source), HubDataset)
-        for found in examples(source)
-        if isinstance(found, Fault)
-    ]
+    faults: list[Fault] = []
+    for source in dict.fromkeys((*options.train, *options.validation)):
+        if isinstance(locate(source), HubDataset):
+            continue
+        kinds: set[Gives] = set()
+        for found in examples(source):
+            if isinstance(found, Fault):
+                faults.append(found)
+            else:
+                kinds.add(_KINDS[type(found.example)])
+        for kind in sorted(kinds - set(needs or kinds)):
+            fix = "name other rows, or another training.method"
+            faults.append(Fault("", f"rows of the kind {kind}", " or ".join(needs or ()), fix, source.path))
+    return faults
 
 
 def refuse(faults: Sequence[Fault]) -> None:

@@ -33,6 +33,23 @@ class Question:
     place: str
 
 
+def without_reasoning(answer: str) -> str:
+    """An answer without the reasoning before it: what a server shows as content, and what references hold.
+
+    Thinking models write `<think>…</think>` first, an empty one when they were trained without reasoning; where the
+    generation prompt opened the block, only its end is in the answer. Reasoning that never ends leaves no answer.
+
+    >>> without_reasoning("<think>\\n\\n</think>\\n\\nyes")
+    'yes'
+    >>> without_reasoning("hm</think>yes"), without_reasoning("<think>hm"), without_reasoning("a < b")
+    ('yes', '', 'a < b')
+    """
+    _, closed, rest = answer.rpartition("</think>")
+    if closed:
+        return rest.lstrip("\n")
+    return "" if answer.lstrip().startswith("<think>") else answer
+
+
 def questions(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.formats.example import Gives
+
 
 @dataclass(frozen=True)
 class Method:
@@ -18,5 +20,5 @@ class Method:
     """
 
     name: str
-    needs: tuple[str, ...]
+    needs: tuple[Gives, ...]
     trainer: Callable[..., Any]

@@ -32,7 +32,7 @@ class ModelOptions(Section):
     """The model family's facts: `auto` (from config.json), a name from `finetune families`, or
     package.module:attribute."""
     dtype: Dtype = "auto"
-    """Precision of the base weights: `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
+    """Precision of the base weights: `auto` is bfloat16 where hardware has it, float16 on older CUDA, else float32."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Quantise the frozen base with bitsandbytes: `nf4` (4-bit with double quantisation, QLoRA) or `int8`."""
     attn_implementation: Literal[
@@ -73,9 +73,9 @@ class Source(Section):
     """One place that rows come from."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A file (jsonl, json, parquet, csv; .gz allowed for jsonl and json), or a data set id of the Hugging Face hub."""
+    """A file (jsonl, json, parquet, csv; .gz allowed but for parquet), or a data set id of the Hugging Face hub."""
     format: str = "auto"
-    """`auto` (by content), `messages`, `prompt_completion`, `text`, or package.module:attribute."""
+    """`auto` (by content), `messages`, `sharegpt`, `alpaca`, `prompt_completion`, `text`, or module:attribute."""
     split: str = "train"
     """Split of a hub data set; a local file has only `train`."""
     revision: str | None = None

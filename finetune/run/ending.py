@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from finetune.errors import ExitCode, FinetuneError, HardwareError, StoppedError
+from finetune.errors import ExitCode, FinetuneError, HangError, HardwareError, StoppedError
+
+# What gloo and NCCL say when a rank is gone or silent; neither has an error type of its own for it.
+_SILENT_PEER = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Watchdog caught")
 
 
 def as_fault(error: BaseException) -> BaseException:
@@ -16,6 +19,11 @@ def as_fault(error: BaseException) -> BaseException:
             "out of memory; halve training.per_device_train_batch_size (global_batch_size stays), set "
             "training.activation_checkpointing: true, lower data.max_length, or set model.quantization: nf4 "
             f"({str(error).splitlines()[0]})"
+        )
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SILENT_PEER):
+        return HangError(
+            f"another process of this run died, or did not answer within launch.timeout: {str(error).splitlines()[0]}; "
+            "its own messages say why. The same command continues from the last checkpoint"
         )
     return error
 
