@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl
 from trl import SFTTrainer
 
-from finetune.errors import NonFiniteError
+from finetune.errors import EnvironmentFault, NonFiniteError
 from finetune.files import MANIFEST, disk_errors, existing_parent, fsync_folder, fsync_tree, tree_hashes, write_json
 from finetune.run.folder import RunFolder, now
 from finetune.run.loss import TrainedTokenLoss, trained_positions
@@ -72,6 +72,7 @@ class Trainer(SFTTrainer):
         self._leave_no_folder(before)
         self.saved_seconds = 0.0
         self._keep_trained_weights_float32()
+        self._refuse_spread_weights()
         self._loss = TrainedTokenLoss(self.model, sharded=self.is_sharded)
         self._seen = torch.zeros(2, dtype=torch.float64)  # tokens, trained tokens since the last log, this rank
         self._logged_at = time.monotonic()
@@ -87,8 +88,23 @@ class Trainer(SFTTrainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights or their gradients are spread over ranks."""
+        """Whether gradients or optimizer state are spread over ranks (DeepSpeed), in a wrapper that is not DDP."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _refuse_spread_weights(self) -> None:
+        """Where each rank holds a part of each weight, what is saved and proved here would be a part, too.
+
+        Raises:
+            EnvironmentFault: the launcher's config asks for that.
+        """
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        spread = "FSDP" if self.is_fsdp_enabled else "ZeRO-3" if plugin and plugin.zero_stage == 3 else ""
+        if spread:
+            raise EnvironmentFault(
+                f"{spread} spreads the weights over the processes, which is not supported yet: take "
+                "configs/accelerate/ddp.yaml, or a DeepSpeed config of stage 1 or 2; where the base does not fit on "
+                "one device, set model.quantization: nf4"
+            )
 
     def _keep_trained_weights_float32(self) -> None:
         """TRL casts the adapter of a quantised base to bfloat16, which freezes small updates."""
