@@ -46,8 +46,7 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _looks_like_router(name: str) -> bool:
-    leaf = name.rsplit(".", 1)[-1]
-    return leaf in ("gate", "router", "wg", "shared_expert_gate")
+    return _leaf(name) in ("gate", "router", "wg", "shared_expert_gate")
 
 
 def resolve_targets(model: PreTrainedModel, options: AdapterOptions, family: Family | None) -> Targets:
@@ -65,37 +64,58 @@ def resolve_targets(model: PreTrainedModel, options: AdapterOptions, family: Fam
     wanted = options.target_modules
     if isinstance(wanted, tuple):
         return Targets(_match_names(model, wanted, linear))
-    if wanted == "all-linear":
-        return Targets(tuple(linear))
-    if family is not None:
+    if wanted == "auto" and family is not None:
         return Targets(_match_names(model, family.targets, linear))
-    if any(parameter.dim() == 3 for parameter in model.parameters()):
+    kind = model.config.model_type
+    if _has_fused_experts(model):
         raise ModelError(
-            f"no family file knows model type {model.config.model_type!r}, and it has fused expert weights, so that "
-            "`adapter.target_modules: auto` would leave most of it untrained; list the modules: "
-            + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            f"adapter.target_modules: {wanted} would leave most of this model ({kind}) untrained, because its experts "
+            f"are fused weights and no linear layers; list the modules to adapt: {', '.join(_leaves(linear))}"
         )
+    never = family.never if family is not None else ()
+    if wanted == "all-linear":
+        return Targets(tuple(name for name in linear if _leaf(name) not in never))
     modules = tuple(name for name in linear if not _looks_like_router(name))
-    leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
-    return Targets(modules, f"no family file knows model type {model.config.model_type!r}; adapting every {leaves}")
+    return Targets(modules, f"no family file knows model type {kind!r}; adapting every {', '.join(_leaves(modules))}")
+
+
+def _has_fused_experts(model: PreTrainedModel) -> bool:
+    """Whether a layer that is no convolution holds a weight of three dimensions: experts x out x in."""
+    return any(
+        parameter.dim() == 3
+        for module in model.modules()
+        if not isinstance(module, torch.nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _leaves(names: Iterable[str]) -> list[str]:
+    return sorted({_leaf(name) for name in names})
 
 
 def _match_names(model: PreTrainedModel, wanted: Iterable[str], linear: list[str]) -> tuple[str, ...]:
     """Modules whose full name is, or ends in, one of `wanted`; every one of `wanted` must match a linear layer."""
-    every = [name for name, _ in model.named_modules() if name]
+    every = {name: module for name, module in model.named_modules() if name}
+    head = model.get_output_embeddings()
     found: set[str] = set()
     faults = []
     for target in wanted:
-        hits = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if hits:
-            found.update(hits)
-        elif any(name == target or name.endswith(f".{target}") for name in every):
-            faults.append(f"{target!r} is no linear layer, so LoRA cannot adapt it")
-        else:
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            near = nearest(target.rsplit(".", 1)[-1], leaves, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (linear layers: {', '.join(leaves)})"
+        hits = [name for name in every if name == target or name.endswith(f".{target}")]
+        if not hits:
+            near = nearest(_leaf(target), _leaves(linear), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f" (linear layers: {', '.join(_leaves(linear))})"
             faults.append(f"{target!r} matches no module{hint}")
+        elif any(every[name] is head for name in hits):
+            faults.append(f"{target!r} is the output head, which is not adapted: many models share it with the input")
+        elif others := [name for name in hits if name not in linear]:
+            kind = type(every[others[0]]).__name__
+            faults.append(f"{target!r} matches {others[0]}, a {kind}; only linear layers are adapted")
+        else:
+            found.update(hits)
     if faults:
         raise ModelError("adapter.target_modules: " + "; ".join(faults))
     return tuple(name for name in linear if name in found)
@@ -116,8 +136,15 @@ def attach(
         revision: the base's revision on the hub.
 
     Raises:
-        ModelError: PEFT adapted other modules than those named.
+        ModelError: PEFT adapted other modules than those named, or layers that are stored in two ways were named.
     """
+    modules = [model.get_submodule(name) for name in targets.modules]
+    transposed = [type(module).__name__ == "Conv1D" for module in modules]
+    if any(transposed) and not all(transposed):
+        raise ModelError(
+            "adapter.target_modules: some of these layers are stored transposed (Conv1D) and some are not, which one "
+            "adapter cannot hold; name only the one or the other kind"
+        )
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
@@ -125,12 +152,17 @@ def attach(
         target_modules=_short_names(model, targets.modules),
         use_rslora=options.use_rslora,
         use_dora=options.method == "dora",
+        fan_in_fan_out=any(transposed),
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
         revision=revision,
     )
-    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+    try:
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ModelError(f"adapter.target_modules: refused by PEFT for this model: {error}") from error
+    # PEFT puts the folder there that the weights were read from, which for a hub model is a cache on this machine.
+    wrapped.peft_config["default"].base_model_name_or_path = base_name
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
@@ -140,8 +172,8 @@ def attach(
 
 def _short_names(model: PreTrainedModel, modules: tuple[str, ...]) -> list[str]:
     """Leaf names where they say the same as the full names, since every server reads those; else the full names."""
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    matched = {n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in leaves}
+    leaves = _leaves(modules)
+    matched = {name for name, _ in model.named_modules() if _leaf(name) in leaves}
     return leaves if matched == set(modules) else sorted(modules)
 
 
