@@ -36,10 +36,16 @@ def answers(
     """
     model.eval()
     device = next(model.parameters()).device
+    # What is not stated here, generate takes from the model's own generation config: a penalty is not greedy.
     settings = GenerationConfig(
         do_sample=False,
+        num_beams=1,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stop_ids),
+        min_length=0,
+        min_new_tokens=0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(stop_ids) or -1,
         pad_token_id=pad_id,
         use_cache=True,
     )
