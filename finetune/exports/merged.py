@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
 # What a base folder may hold that must not be copied: its weights, its card, and what belongs to another format.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp")
-_NOT_COPIED_NAMES = ("README.md", "manifest.json", "model.safetensors.index.json")
+_NOT_COPIED_NAMES = (
+    "README.md",
+    "manifest.json",
+    "adapter_config.json",
+    "evaluation.json",
+    "finetune.json",
+    "proof.json",
+)
+_TOKENIZER = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
 
 
 def write(
@@ -46,7 +54,9 @@ def write(
     Raises:
         ExportError: the base is quantised on disk, or the adapter does not fit.
     """
-    from finetune.model.merge import merge_weights, read_adapter, requantiser
+    from finetune.model.merge import merge_weights
+    from finetune.model.requantise import requantiser
+    from finetune.model.update import read_adapter
 
     if base.config.get("quantization_config"):
         raise ExportError(f"{base.name} is stored quantised; merge onto its unquantised weights")
@@ -75,7 +85,7 @@ def _copy_files(source: Path, output: Path, only_tokenizer: bool = False) -> Non
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.suffix in _NOT_COPIED or path.name in _NOT_COPIED_NAMES:
             continue
-        if only_tokenizer and not (path.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab"))):
+        if path.name.endswith(".index.json") or (only_tokenizer and not path.name.startswith(_TOKENIZER)):
             continue
         shutil.copyfile(path, output / path.name)
 
