@@ -70,6 +70,7 @@ class Trainer(SFTTrainer):
         super().__init__(data_collator=collate, **arguments)
         self.folder = folder
         self._leave_no_folder(before)
+        self.model_accepts_loss_kwargs = True  # count trained tokens for every model: the loss is ours, not the model's
         self.saved_seconds = 0.0
         self._keep_trained_weights_float32()
         self._refuse_spread_weights()
