@@ -21,7 +21,7 @@ IGNORED = -100
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a chat that ends with an answer; the template's text after the end of turn is left out."""
+    """Token ids and labels of a chat that ends with an answer, cut off behind its end-of-turn token."""
     asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     answer = messages[-1]["content"] + tokenizer.eos_token
     prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
