@@ -65,7 +65,7 @@ def run(recipe_path: str, overrides: list[str], *, overwrite: bool = False, as_j
     Raises:
         FinetuneError: whatever the user can mend, with its exit code.
     """
-    from finetune.run.launch import told_to_launcher
+    from finetune.run.launch import is_launched, told_to_launcher
 
     loaded = load_recipe(recipe_path, overrides)
     with told_to_launcher():
@@ -73,8 +73,8 @@ def run(recipe_path: str, overrides: list[str], *, overwrite: bool = False, as_j
         facts = _launch(loaded, overwrite) if "WORLD_SIZE" not in os.environ else None
         if facts is None:
             facts = _train(loaded, checked)
-            if facts and not as_json:
-                _say_done(facts)
+        if facts and not as_json and not is_launched():
+            _say_done(facts)
     return facts
 
 

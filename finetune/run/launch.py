@@ -67,7 +67,7 @@ def plan_launch(options: LaunchOptions, count: int, device: str, configs: Path, 
     config = Path(options.config) if options.config else configs / "accelerate" / _config_name(device)
     if not config.is_file():
         raise RecipeError(f"launch.config: {config} does not exist")
-    if _REPORT in os.environ:
+    if is_launched():
         raise HardwareError(
             f"launch.config: {config} started one process that knows of no others, where {count} were asked for; its "
             "distributed_type must be MULTI_GPU, also on a CPU: see configs/accelerate"
@@ -78,6 +78,11 @@ def plan_launch(options: LaunchOptions, count: int, device: str, configs: Path, 
     threads = max(1, (os.cpu_count() or 1) // count)
     # Left to itself the launcher gives every process one thread; ACCELERATE_USE_CPU would switch off DeepSpeed.
     return Launch(tuple(command), {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
+
+
+def is_launched() -> bool:
+    """Whether a `finetune train` started the launcher of this process; that one shows the result."""
+    return _REPORT in os.environ
 
 
 @contextlib.contextmanager
