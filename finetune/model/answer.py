@@ -41,8 +41,7 @@ def answers(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        min_length=0,
-        min_new_tokens=0,
+        min_new_tokens=0,  # stands above a min_length
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         eos_token_id=sorted(stop_ids) or -1,
