@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 IGNORED = -100
-_CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 256 * 2**20  # float32 logits in memory at a time
+_LOUD = 1000.0  # logits at which a soft cap bends them by far more than rounding does
 
 
 def trained_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,16 +45,25 @@ class HeadLoss(torch.autograd.Function):
     """Sum of cross entropies of `hidden @ weight.T` with a frozen weight."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Tensor:
-        """Returns the float32 sum over N of -log softmax(hidden @ weight.T)[target]."""
-        rows = max(16, _CHUNK_BYTES // (4 * weight_VH.shape[0]))
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk_bytes: int) -> Tensor:
+        """The sum over N of -log softmax(hidden @ weight.T)[target], in float32, or float64 where the weight is.
+
+        Args:
+            ctx: autograd's.
+            hidden_NH: what the head is given.
+            weight_VH: the frozen head.
+            targets_N: int64 token ids.
+            chunk_bytes: float32 logits in memory at a time; at least one row is.
+        """
+        wide = torch.promote_types(weight_VH.dtype, torch.float32)
+        rows = max(1, chunk_bytes // (4 * weight_VH.shape[0]))
         needs_grad = ctx.needs_input_grad[0]
         grad_NH = torch.empty_like(hidden_NH) if needs_grad else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
+        total = torch.zeros((), dtype=wide, device=hidden_NH.device)
         for start in range(0, hidden_NH.shape[0], rows):
             chunk = slice(start, start + rows)
             targets = targets_N[chunk, None]
-            logits = (hidden_NH[chunk].to(weight_VH.dtype) @ weight_VH.T).float()
+            logits = (hidden_NH[chunk].to(weight_VH.dtype) @ weight_VH.T).to(wide)
             norm = torch.logsumexp(logits, dim=1, keepdim=True)
             total += (norm - logits.gather(1, targets)).sum()
             if grad_NH is not None:
@@ -65,9 +75,9 @@ class HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_NH,) = ctx.saved_tensors
-        return grad_NH * grad_outputs[0].to(grad_NH.dtype), None, None
+        return grad_NH * grad_outputs[0].to(grad_NH.dtype), None, None, None
 
 
 class TrainedTokenLoss:
@@ -77,12 +87,14 @@ class TrainedTokenLoss:
         fused: whether the frozen head is multiplied chunk by chunk outside the model.
     """
 
-    def __init__(self, model: nn.Module, sharded: bool = False) -> None:
+    def __init__(self, model: nn.Module, sharded: bool = False, chunk_bytes: int = CHUNK_BYTES) -> None:
         """
         Args:
             model: the model to train, unwrapped, on its device.
             sharded: whether parameters are spread over ranks, so that the head is whole only inside the forward.
+            chunk_bytes: float32 logits in memory at a time, where the head is multiplied here.
         """
+        self.chunk_bytes = chunk_bytes
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise TypeError(f"{type(model).__name__} has no output embeddings, so it is no causal language model")
@@ -101,19 +113,32 @@ class TrainedTokenLoss:
 
     @torch.no_grad()
     def _head_is_all(self, model: nn.Module) -> bool:
-        """Whether the model's logits are the bare product of the head: no cap, scale or bias behind it."""
-        device = next(model.parameters()).device
+        """Whether the model's logits are the bare product of the head: no cap, scale or bias behind it.
+
+        The head is given zeros, whose logits show what is added, and a loud input, whose logits show what bends them:
+        the soft cap of a model that is unsure of everything is invisible at its own logits.
+        """
+        weight: Tensor = self.head.weight
         seen: list[Tensor] = []
+
+        def loud(hidden: Tensor) -> Tensor:
+            largest = functional.linear(hidden.to(weight.dtype), weight).abs().max().float()
+            scaled = (hidden.float() * (_LOUD / largest.clamp(min=1e-6))).to(hidden.dtype)
+            scaled[:, ::2] = 0
+            seen.append(scaled)
+            return scaled
+
         training = model.training
         model.eval()
         try:
-            with self._head_input(lambda hidden: seen.append(hidden) or hidden):  # type: ignore[func-returns-value]
-                probe = torch.arange(1, 9, device=device)[None]
-                logits = model(input_ids=probe, use_cache=False).logits
-            expected = functional.linear(seen[0].to(self.head.weight.dtype), self.head.weight)
+            with self._head_input(loud):
+                probe = torch.arange(1, 9, device=weight.device)[None]
+                logits = model(input_ids=probe, use_cache=False).logits.float()
+            expected = functional.linear(seen[0].to(weight.dtype), weight).float()
         finally:
             model.train(training)
-        return torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
+        silent = not bool(logits[:, ::2].any())
+        return silent and torch.allclose(logits, expected, rtol=1e-2, atol=_LOUD / 1000)
 
     @contextmanager
     def _head_input(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -150,5 +175,5 @@ class TrainedTokenLoss:
         with self._head_input(keep):
             model(**inputs, use_cache=False)
         hidden_NH = seen[0].flatten(0, 1)[positions_N]
-        total: Tensor = HeadLoss.apply(hidden_NH, self.head.weight, targets_N)
+        total: Tensor = HeadLoss.apply(hidden_NH, self.head.weight, targets_N, self.chunk_bytes)
         return total
