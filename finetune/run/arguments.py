@@ -7,6 +7,7 @@ whatever matters is stated here, so that what a run did can be read off its reci
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ from finetune.recipe.sections import LaunchOptions, TrainingOptions
 from finetune.registry import nearest
 
 LARGEST_DEFAULT_MICRO_BATCH = 8
+# Arguments that the trainer and its loss do not read here, or under which they would not be right any more.
+_WITHOUT_EFFECT = frozenset({
+    "average_tokens_across_devices", "batch_eval_metrics", "disable_tqdm", "do_predict", "eval_accumulation_steps",
+    "eval_do_concat_batches", "eval_use_gather_object", "greater_is_better", "hub_always_push", "hub_revision",
+    "include_for_metrics", "label_names", "label_smoothing_factor", "liger_kernel_config", "log_on_each_node",
+    "logging_nan_inf_filter", "loss_type", "metric_for_best_model", "pad_to_multiple_of", "prediction_loss_only",
+    "router_aux_loss_coef", "save_on_each_node", "save_only_model", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "use_cache", "use_liger_kernel",
+})  # fmt: skip
 NEVER = 10**9  # a step that no run reaches: the final checkpoint is written whatever save_steps says
 
 
@@ -65,16 +75,23 @@ def batch_shape(options: TrainingOptions, processes: int) -> BatchShape:
 def check_extra(extra: dict[str, Any]) -> None:
     """Compare `training.extra` with the installed SFTConfig.
 
+    Keys that a field of the recipe decides are refused when the recipe is read.
+
     Raises:
-        RecipeError: keys it does not have, each with the nearest it has.
+        RecipeError: keys it does not have, each with the nearest it has, and keys that would change nothing.
     """
-    known = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
+    known = {field.name: field for field in dataclasses.fields(SFTConfig) if field.init}
     faults = []
-    for key in extra:
+    for key, value in extra.items():
         if key not in known:
-            near = nearest(key, known, 1)
+            near = nearest(key, list(known), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             faults.append(f"training.extra.{key}: SFTConfig has no such argument{hint}")
+        elif key in _WITHOUT_EFFECT:
+            faults.append(f"training.extra.{key}: has no effect, or a wrong one, on this trainer's loss and files")
+        elif (choices := known[key].metadata.get("choices")) and value not in [None, *choices]:
+            # Upstream checks these only on its own command line, and takes any other value for the default.
+            faults.append(f"training.extra.{key}: {value!r} is none of {', '.join(map(str, choices))}")
     if faults:
         raise RecipeError("\n".join(faults))
 
@@ -152,7 +169,7 @@ def trainer_arguments(
         "disable_tqdm": True,
         "log_level": "error",
         "use_cpu": device == "cpu",
-        "ddp_timeout": int(launch.timeout),
+        "ddp_timeout": math.ceil(launch.timeout),
         "ddp_find_unused_parameters": False,
         "average_tokens_across_devices": True,
         "dataloader_pin_memory": device != "cpu",
@@ -164,6 +181,6 @@ def trainer_arguments(
     }
     try:
         return SFTConfig(**{**arguments, **options.extra})
-    except (TypeError, ValueError) as error:
-        place = "training.extra" if options.extra else "training"
+    except (TypeError, ValueError, ImportError) as error:
+        place = "training, or training.extra" if options.extra else "training"
         raise RecipeError(f"{place}: refused by the trainer: {error}") from error
