@@ -13,8 +13,10 @@ exit.json        how the run ended: exit code, reason, last step
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,13 +96,23 @@ class RunFolder:
         """
         with disk_errors(self.root):
             if continued_from is None:
-                shutil.rmtree(self.root, ignore_errors=True)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.exit.unlink(missing_ok=True)
+                self._clear()
+            write_json(self.record, record)  # first, so that a folder is a run's from its first file on
+            self.checkpoints.mkdir(exist_ok=True)
+            self.exit.unlink(missing_ok=True)
         self.cut_metrics(continued_from or 0)
         write_text(self.recipe, recipe)
         write_json(self.probe, probe)
-        write_json(self.record, record)
+
+    def _clear(self) -> None:
+        """Remove what an earlier run left; the folder itself may be a link and stays. The record goes last."""
+        if not self.root.is_dir():
+            return
+        for path in sorted(self.root.iterdir(), key=lambda path: path == self.record):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def write_exit(self, code: int, reason: str, step: int, facts: dict[str, Any] | None = None) -> None:
         """Say how the run ended; launchers turn a rank's exit code into 1, this file keeps the true one.
@@ -113,6 +125,23 @@ class RunFolder:
         """
         ended = {"exit_code": code, "reason": reason, "step": step, "ended": now()}
         write_json(self.exit, {**ended, "facts": facts} if facts else ended)
+
+    def is_running(self) -> bool:
+        """Whether the process that writes here lives on this machine."""
+        record = read_json(self.record)
+        pid = record.get("pid")
+        if self.exit.exists() or record.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
+            return False
+        if pid == os.getpid():
+            return False
+        try:
+            os.kill(pid, 0)
+            words = Path(f"/proc/{pid}/cmdline")
+            return not words.exists() or b"finetune" in words.read_bytes()  # the number may be another process's by now
+        except PermissionError:
+            return True  # it lives, and is another user's
+        except OSError:
+            return False
 
     def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, and why newer ones were passed over."""
@@ -139,7 +168,7 @@ class RunFolder:
         if not self.metrics.is_file():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
@@ -166,7 +195,7 @@ def claim(root: Path, recipe_hash: str, overwrite: bool) -> tuple[RunFolder, boo
         The folder, and whether an unfinished run of the same recipe is continued.
 
     Raises:
-        RefusedError: the folder holds another run, a finished run, or files that are no run's.
+        RefusedError: the folder holds another run, a finished run, a run that goes on, or files that are no run's.
     """
     folder = RunFolder(root)
     if not (above := existing_parent(root)).is_dir():
@@ -175,6 +204,8 @@ def claim(root: Path, recipe_hash: str, overwrite: bool) -> tuple[RunFolder, boo
         return folder, False
     if not folder.record.is_file():
         raise RefusedError(f"output_dir: {root} holds files that are no run's; choose an empty or new folder")
+    if folder.is_running():
+        raise RefusedError(f"output_dir: a run is still going on in {root}; wait for it, stop it, or choose another")
     if overwrite:
         return folder, False
     if read_json(folder.record).get("recipe_hash") != recipe_hash:
