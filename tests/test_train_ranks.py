@@ -87,9 +87,7 @@ def test_ranks_that_hold_other_data_are_refused(lab: Lab) -> None:
     write_rows(other / "train.jsonl", chats(16, seed=3))
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871", "GLOO_SOCKET_IFNAME": "lo"}
     children = [
-        lab.warm.start(
-            recipe, cwd=place, env={**world, "RANK": rank, "LOCAL_RANK": rank}, entry="finetune.train:main"
-        )
+        lab.warm.start(recipe, cwd=place, env={**world, "RANK": rank, "LOCAL_RANK": rank}, entry="finetune.train:main")
         for rank, place in (("0", lab.folder), ("1", other))
     ]
     for child in children:

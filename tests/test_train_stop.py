@@ -51,7 +51,9 @@ def reach(lab: Lab, step: int) -> Child:
     """Start the run and wait until its metrics hold `step`."""
     child = lab.warm.start("train", lab.recipe(CHANGES), cwd=lab.folder)
     deadline = time.monotonic() + 60
-    while not (lab / "run/metrics.jsonl").is_file() or f'"step": {step},' not in (lab / "run/metrics.jsonl").read_text():
+    while (
+        not (lab / "run/metrics.jsonl").is_file() or f'"step": {step},' not in (lab / "run/metrics.jsonl").read_text()
+    ):
         assert time.monotonic() < deadline, child.output
         time.sleep(0.005)
     return child

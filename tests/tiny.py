@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
             else LlamaForCausalLM(LlamaConfig(tie_word_embeddings=name != "llama3", **shape))
         )
         with torch.no_grad():
+            # Zero by default, and with tied embeddings a token of zeros can never be the likeliest.
+            model.model.embed_tokens.weight[tokenizer.pad_token_id].normal_(std=0.1)
             if name == "infinite":
                 model.model.layers[0].mlp.down_proj.weight[0, 0] = float("inf")
             if name == "stuck":
@@ -112,7 +114,7 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
         if value is None:
             place.pop(leaf, None)
         else:
-            place[leaf] = value
+            place[leaf] = copy.deepcopy(value)
     return result
 
 
