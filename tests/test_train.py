@@ -251,7 +251,7 @@ def test_packed_rows_have_the_loss_they_have_alone(lab: Lab, attention: str) -> 
 
 
 def test_only_the_answers_are_trained(lab: Lab) -> None:
-    """The loss does not see what is written in a question but through the answer: an adapter on nothing else."""
+    """As many tokens as the textbook counts in answers; that they are the same ones the losses above show."""
     import reference_loop
     from transformers import AutoTokenizer
 
