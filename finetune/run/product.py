@@ -16,7 +16,8 @@ class Product:
     """Something that answers.
 
     Attributes:
-        folder: where results about it are written: the run's folder, else its own.
+        folder: where results about it are written: the run's folder, else its own; the working folder for a base,
+            which is not ours to write into.
         adapter: the adapter folder; None for whole weights.
         base: folder or hub id of the base an adapter belongs to, or of the whole weights.
         recipe: the recipe it was trained with, where one stands beside it.
@@ -57,13 +58,16 @@ def _whole_or_adapter(path: Path, folder: Path) -> Product:
     config = path / "adapter_config.json"
     if config.is_file():
         try:
-            base = str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+            base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            if not isinstance(base, str) or not base:
+                raise ValueError(f"base_model_name_or_path is {base!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise RefusedError(f"{config}: cannot be read, or names no base model ({error})") from error
         return Product(folder, path, base, recipe, read_json(path / "finetune.json"), "adapter")
     if (path / "config.json").is_file():
-        label = "merged" if (path / "proof.json").is_file() else "model"
-        return Product(folder, None, str(path), recipe, {}, label)
+        merged = (path / "proof.json").is_file()
+        made_here = merged or (folder / "run.json").is_file()
+        return Product(folder if made_here else Path(), None, str(path), recipe, {}, "merged" if merged else "model")
     raise RefusedError(
         f"{path}: neither a run (run.json), nor an adapter (adapter_config.json), nor a model (config.json); "
         "`finetune runs` lists runs"
