@@ -18,11 +18,11 @@ class Keeps:
     def start(self, run_folder, project, run_name, mode):
         self.path = Path(run_folder) / "kept.jsonl"
         with open(self.path, "a") as stream:
-            stream.write(json.dumps([project, run_name, mode]) + "\\n")
+            stream.write(json.dumps([project, run_name, mode]) + "\n")
 
     def log(self, metrics, step):
         with open(self.path, "a") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\\n")
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def finish(self):
         pass
