@@ -165,7 +165,8 @@ def leak(model: torch.nn.Module, collator: PackedCollator, row: Feature) -> floa
     last = row["seq_lengths"][-1]
     ids = list(row["input_ids"])
     before = len(ids) - last
-    changed = {**row, "input_ids": [*reversed(ids[:before]), *ids[before:]]}
+    known = model.get_input_embeddings().num_embeddings
+    changed = {**row, "input_ids": [*((token + 1) % known for token in ids[:before]), *ids[before:]]}
     training = model.training
     model.eval()
     try:

@@ -94,14 +94,28 @@ def questions(
 def _question(item: Located, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Question:
     example = item.example
     if isinstance(example, PromptCompletion):
-        ids = tokenizer(example.prompt)["input_ids"]
-        return Question(tuple(ids), example.prompt, example.completion, item.place)
+        return Question(_plain_ids(example.prompt, tokenizer), example.prompt, example.completion, item.place)
     if not isinstance(example, Conversation):
         fault = Fault("", "plain text", "a chat, or a prompt with its completion", "evaluate on such rows", item.place)
         raise RowError([fault])
     assert template is not None, "chats come with a template"
-    turn = trained_turns(example, "last_assistant")[-1]
+    turns = trained_turns(example, "last_assistant")
+    if not turns:
+        fault = Fault("messages", "no assistant turn that answers", "one after another message", "leave this row out")
+        raise RowError([fault])
+    turn = turns[-1]
+    if not example.messages[turn].get("content"):
+        fault = Fault(f"messages[{turn}].content", "no text", "the answer's text", "leave rows of tool calls out")
+        raise RowError([fault])
     text = template.render(example.messages[:turn], example.tools, asking=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    shown = str(example.messages[turn - 1].get("content", "")) if turn else ""
-    return Question(tuple(ids), shown, str(example.messages[turn].get("content") or ""), item.place)
+    shown = str(example.messages[turn - 1].get("content") or "")
+    return Question(tuple(ids), shown, str(example.messages[turn]["content"]), item.place)
+
+
+def _plain_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids before a completion, as in training: BOS where the tokenizer puts one, and never an EOS."""
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    leads = bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos]
+    return tuple([bos, *ids] if leads and ids[:1] != [bos] else ids)
