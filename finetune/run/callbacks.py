@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -83,16 +84,21 @@ class Progress(TrainerCallback):
         self._write(line, keep)
 
     def _write(self, line: str, keep: bool) -> None:
-        if self.stream.isatty():
-            self.stream.write(f"\r\x1b[2K{line}" + ("\n" if keep and "validation" in line else ""))
-        elif keep:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # whoever read this is gone; the run goes on
+            if self.stream.isatty():
+                self.stream.write(f"\r\x1b[2K{line}" + ("\n" if keep and "validation" in line else ""))
+            elif keep:
+                self.stream.write(line + "\n")
+            self.stream.flush()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Leave the live line behind."""
-        if state.is_world_process_zero and self.stream.isatty():
-            self.stream.write("\n")
+        if not state.is_world_process_zero:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            if self.stream.isatty():
+                self.stream.write("\n")
+                self.stream.flush()
 
 
 def _clock(seconds: float) -> str:
@@ -124,7 +130,7 @@ class StopSignal(TrainerCallback):
     def restore(self) -> None:
         """Give the signals back."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
         self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -162,7 +168,8 @@ class AdapterMoves(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Counts steps whose learning rate was above zero, and looks once."""
-        if self.moved >= self.steps:
+        skipped = getattr(given.get("optimizer"), "step_was_skipped", False)  # by the gradient scaler, in float16
+        if self.moved >= self.steps or skipped:
             return
         scheduler = given.get("lr_scheduler")
         # The scheduler has stepped already: the rate of the step just made is the one of the step before.
