@@ -117,7 +117,7 @@ def agree(launched: World, facts: dict[str, str]) -> None:
     every: list[dict[str, str]] = [{} for _ in range(launched.size)]
     dist.all_gather_object(every, facts)
     lines = []
-    for name in facts:
+    for name in dict.fromkeys(name for other in every for name in other):  # the same on all ranks, so that all refuse
         values = [other.get(name, "nothing") for other in every]
         if len(set(values)) > 1:
             lines.append(f"  {name}: " + ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values)))
@@ -142,7 +142,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """Hex SHA-256 over the bytes of tensors, in order."""
     hashed = hashlib.sha256()
     for tensor in tensors:
-        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 
 
