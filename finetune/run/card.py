@@ -42,7 +42,10 @@ class CardFacts:
 
 
 def base_facts(name_or_path: str) -> tuple[str, str | None]:
-    """The base's public name and licence: from its own card where it is a local folder, else its hub id."""
+    """The base's public name and licence: from its own card where it is a local folder, else its hub id.
+
+    What a card calls its base model is what that model was made from. Only of a quantised copy it is the model itself.
+    """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return name_or_path, None
@@ -54,11 +57,23 @@ def base_facts(name_or_path: str) -> tuple[str, str | None]:
         except yaml.YAMLError:
             loaded = None
         matter = loaded if isinstance(loaded, dict) else {}
-    base = matter.get("base_model")
-    if isinstance(base, list):
-        base = base[0] if base else None
+    base = matter.get("base_model") if matter.get("base_model_relation") == "quantized" else None
     licence = matter.get("license")
-    return str(base or folder.resolve().name), str(licence) if licence else None
+    return _first(base) or folder.resolve().name, _first(licence)
+
+
+def _first(value: Any) -> str | None:
+    """The text, or the first of a list of texts, both of which the hub allows."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return str(value) if value else None
+
+
+def _public(source: str) -> str:
+    """A source as others may know it: a hub id as it is, a file by its name alone."""
+    path = Path(source).expanduser()
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".") and not path.suffix[1:].isalpha()
+    return source if hub and not path.exists() else path.name
 
 
 def card(facts: CardFacts) -> str:
@@ -68,7 +83,7 @@ def card(facts: CardFacts) -> str:
         matter["license"] = facts.licence
     matter["pipeline_tag"] = "text-generation"
     matter["tags"] = list(facts.tags)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.figures.items())
+    rows = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.figures.items())
     stack = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     return f"""---
@@ -142,7 +157,7 @@ def trained_card(
             base=name,
             licence=licence,
             method=f"Supervised fine-tuning ({trains})",
-            data=tuple(Path(source.name or source.path).name for source in data.train),
+            data=tuple(_public(source.name or source.path) for source in data.train),
             figures={**settings, **{key.replace("_", " "): value for key, value in figures.items()}},
             versions={key: value for key, value in versions().items() if key in _NAMED},
             library=library,
