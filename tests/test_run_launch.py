@@ -1,0 +1,102 @@
+"""The command that starts several processes, and how they tell it why they failed."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import DataError, FinetuneError, HardwareError, RecipeError
+from finetune.recipe.sections import LaunchOptions
+from finetune.run import launch
+from finetune.run.folder import read_json
+from finetune.run.launch import Launch, free_port, plan_launch, told_to_launcher
+
+
+@pytest.fixture
+def configs(root: Path) -> Path:
+    return root / "configs"
+
+
+def word_after(plan: Launch, name: str) -> str:
+    return plan.command[plan.command.index(name) + 1]
+
+
+def test_the_command_names_processes_port_config_and_what_is_trained(configs: Path) -> None:
+    plan = plan_launch(LaunchOptions(), 2, "cpu", configs, ["my recipe.yaml", "adapter.r=4"])
+    assert plan.command[:3] == (sys.executable, "-m", "accelerate.commands.launch")
+    assert plan.command[-4:] == ("-m", "finetune.train", "my recipe.yaml", "adapter.r=4")
+    assert word_after(plan, "--num_processes") == "2"
+    assert Path(word_after(plan, "--config_file")) == configs / "accelerate" / "cpu.yaml"
+    assert 1024 <= int(word_after(plan, "--main_process_port")) <= 65535
+    assert shlex.split(str(plan)) == ["python", *plan.command[1:]]
+
+
+def test_each_device_has_its_own_config(configs: Path) -> None:
+    names = {device: word_after(plan_launch(LaunchOptions(), 2, device, configs, []), "--config_file")
+             for device in ("cpu", "cuda")}  # fmt: skip
+    assert len(set(names.values())) == 2
+
+
+def test_a_config_of_ones_own_is_taken_or_missed(configs: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    with pytest.raises(RecipeError, match=r"launch\.config: .*own\.yaml does not exist"):
+        plan_launch(LaunchOptions(config=str(own)), 2, "cpu", configs, [])
+    own.write_text("")
+    assert word_after(plan_launch(LaunchOptions(config=str(own)), 2, "cpu", configs, []), "--config_file") == str(own)
+
+
+def test_threads_are_shared_unless_the_user_has_said_how_many(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for count, threads in ((2, "4"), (3, "2"), (16, "1")):
+        assert plan_launch(LaunchOptions(), count, "cpu", configs, []).environment == {"OMP_NUM_THREADS": threads}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert plan_launch(LaunchOptions(), 2, "cpu", configs, []).environment == {"OMP_NUM_THREADS": "3"}
+
+
+def test_a_launched_process_does_not_launch(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch._REPORT, "x")
+    with pytest.raises(HardwareError, match="started one process that knows of no others, where 2 were asked for"):
+        plan_launch(LaunchOptions(), 2, "cpu", configs, [])
+
+
+def test_a_free_port_is_free() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", free_port()))
+
+
+def fail(error: BaseException) -> None:
+    with told_to_launcher():
+        raise error
+
+
+def test_the_first_error_is_told_but_an_explained_one_before_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "ended.json"
+    monkeypatch.setenv(launch._REPORT, str(report))
+    told = []
+    for error in (KeyError("lost"), ValueError("later"), DataError("row 3"), FinetuneError("last")):
+        with pytest.raises(type(error)):
+            fail(error)
+        told.append(read_json(report))
+    assert told == [
+        {"exit_code": 1, "reason": "KeyError: 'lost'"},
+        {"exit_code": 1, "reason": "KeyError: 'lost'"},
+        {"exit_code": 3, "reason": "row 3"},
+        {"exit_code": 3, "reason": "row 3"},
+    ]
+
+
+def test_without_a_launcher_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(launch._REPORT, raising=False)
+    with pytest.raises(KeyError):
+        fail(KeyError("lost"))
+    with told_to_launcher():
+        pass
+    assert list(tmp_path.iterdir()) == []
