@@ -40,9 +40,12 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                    if name in trained and not torch.equal(opened.get_tensor(name), trained[name].detach().cpu()):
-                        raise ExportError(f"the saved model is not the trained one: {name} has other values")
                     seen.add(name)
+                    if name not in trained:
+                        continue
+                    found, wanted = opened.get_tensor(name), trained[name].detach().cpu()
+                    if found.dtype != wanted.dtype or not torch.equal(found, wanted):
+                        raise ExportError(f"the saved model is not the trained one: {name} has other values")
         if missing := sorted(trained.keys() - seen):
             raise ExportError(f"the saved model lacks {len(missing)} trained weights, as {missing[0]}")
         return {
