@@ -71,6 +71,8 @@ def test_ten_mistakes_are_told_at_once(lab: Lab) -> None:
         ({"training.optim": "adamw_torhc"}, ("training.optim", "adamw_torhc", "adamw_torch")),
         ({"training.extra": {"adam_bta1": 0.8}}, ("training.extra.adam_bta1", "adam_beta1")),
         ({"training.extra": {"adam_beta1": "high", "group_by_length": 3}}, ("training.extra",)),
+        ({"training.optim": "grokadamw"}, ("training.optim: grokadamw cannot be used here", "pip install")),
+        ({"training.extra": {"lr_scheduler_kwargs": {"cycles": 2}}}, ("lr_scheduler_kwargs", "cycles")),
         ({"training.method": "stf"}, ("unknown method 'stf'", "sft")),
         ({"model.family": "lama"}, ("unknown family 'lama'", "llama")),
         ({"data.train": [{"path": "train.jsonl", "format": "message"}]}, ("unknown format 'message'", "messages")),

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerControl
+from transformers import TrainerControl, get_scheduler
 from trl import SFTTrainer
 
-from finetune.errors import EnvironmentFault, NonFiniteError
+from finetune.errors import EnvironmentFault, NonFiniteError, RecipeError
 from finetune.files import MANIFEST, disk_errors, existing_parent, fsync_folder, fsync_tree, tree_hashes, write_json
 from finetune.run.folder import RunFolder, now
 from finetune.run.loss import TrainedTokenLoss, trained_positions
@@ -70,6 +70,7 @@ class Trainer(SFTTrainer):
         super().__init__(data_collator=collate, **arguments)
         self.folder = folder
         self._leave_no_folder(before)
+        self._refuse_unusable_settings()
         self.model_accepts_loss_kwargs = True  # count trained tokens for every model: the loss is ours, not the model's
         self.saved_seconds = 0.0
         self._keep_trained_weights_float32()
@@ -86,6 +87,18 @@ class Trainer(SFTTrainer):
         while self.args.should_save and made != before:
             made.rmdir()
             made = made.parent
+
+    def _refuse_unusable_settings(self) -> None:
+        """An optimizer whose package is missing, or arguments it does not take, would show after the run has begun."""
+        try:
+            self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        except (ImportError, ValueError, TypeError, AssertionError) as error:
+            raise RecipeError(f"training.optim: {self.args.optim.value} cannot be used here: {error}") from error
+        try:
+            schedule = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+            get_scheduler(self.args.lr_scheduler_type, schedule, 0, 1, self.args.lr_scheduler_kwargs)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"training.extra.lr_scheduler_kwargs: {error}") from error
 
     @property
     def is_sharded(self) -> bool:
