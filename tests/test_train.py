@@ -116,6 +116,13 @@ def test_every_step_stands_in_the_metrics(done: tuple[Lab, Outcome]) -> None:
     assert validated == [4, 8, 8]
 
 
+def test_the_first_and_the_last_step_are_logged_whatever_logging_steps_says(lab: Lab) -> None:
+    lab.train({"training.logging_steps": 3, "training.max_steps": 5}).ok()
+    steps = [line for line in lab.metrics() if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 3, 5]
+    assert lab.ended()["facts"]["final_loss"] == pytest.approx(steps[-1]["loss"], abs=1e-4)
+
+
 def test_checkpoints_are_whole_few_and_without_pickled_secrets(done: tuple[Lab, Outcome]) -> None:
     lab, _ = done
     checkpoints = sorted((lab / "run/checkpoints").iterdir())

@@ -32,6 +32,11 @@ class MetricsFile(TrainerCallback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """The last step is logged whatever logging_steps says: its loss is what a run reports as final."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """One line per log; figures that JSON cannot hold (NaN) become null."""
         if not state.is_world_process_zero:
