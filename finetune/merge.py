@@ -6,6 +6,7 @@ The folder appears under its name only when the proof holds.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -76,8 +77,8 @@ def run(
         proof: dict[str, Any] = {}
         if verify:
             proof = prove(product, base, model, staging)
-            write_json(staging / "proof.json", {**proof, "merge": report})
             _refuse_unproved(proof, chosen, report)
+            write_json(staging / "proof.json", {**proof, "merge": report})
     facts = {"output": str(folder), "proved": verify, **report, "seconds": round(time.monotonic() - started, 1)}
     if verify:
         facts["proof"] = proof
@@ -133,7 +134,7 @@ def _card(product: Product, base: Base) -> str:
     from finetune.run.folder import read_json
     from finetune.run.record import versions
 
-    name, licence = base_facts(product.base)
+    name, licence = base_facts(product.base, base.folder)
     record = read_json(product.folder / "run.json")
     trained = ((record.get("data") or {}).get("train") or {}).get("sources") or []
     facts = CardFacts(
@@ -191,6 +192,10 @@ def prove(product: Product, base: Base, options: ModelOptions, merged: Path) -> 
 
 def _refuse_unproved(proof: dict[str, Any], dtype: str, report: dict[str, Any]) -> None:
     effect, distance = proof["effect"], proof["gap"]
+    if not all(math.isfinite(value) for value in (effect["mean_kl"], distance["mean_kl"], distance["max_logit"])):
+        raise ExportError(
+            "base plus adapter, or the merged model, answers with NaN or infinite logits on the probe rows"
+        )
     if effect["mean_kl"] == 0:
         raise ExportError("the adapter changes nothing on the probe rows, so the merged model would equal the base")
     if proof["loss"] > LARGEST_LOSS:

@@ -109,7 +109,7 @@ def check(loaded: LoadedRecipe, overwrite: bool = False) -> Checked:
     family = match(recipe.model.family, base.model_type)
     if faults := check_trackers(recipe.tracking):
         raise RecipeError("\n".join(faults))
-    folder, continuing = RunFolder(Path(recipe.output_dir)), False
+    folder, continuing = RunFolder.at(recipe.output_dir), False
     if os.environ.get("RANK", "0") == "0":  # other ranks take rank 0's word: it writes there while they still look
         folder, continuing = claim(folder.root, loaded.hash(), overwrite)
     refuse(check_sources(recipe.data, method.needs))
@@ -132,7 +132,7 @@ def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
     print(f"+ {plan}", file=sys.stderr, flush=True)
     code, told = follow(plan)
     if code == 0:
-        return dict(read_json(RunFolder(Path(recipe.output_dir)).exit).get("facts") or {})
+        return dict(read_json(RunFolder.at(recipe.output_dir).exit).get("facts") or {})
     if told:
         error = FinetuneError(str(told["reason"]))
         error.exit_code = int(told["exit_code"])
@@ -339,7 +339,8 @@ def _begin(
     from finetune.run.record import base_hashes, this_process
 
     recipe, folder = loaded.recipe, checked.folder
-    need_space(folder, built.trained, recipe.training.save_total_limit)
+    checkpoints = recipe.training.save_total_limit if recipe.training.save_steps else 1
+    need_space(folder, built.trained, checkpoints)
     validation = data.validation
     record = {
         **this_process(),
@@ -413,8 +414,8 @@ def _save(
 
     recipe, folder = loaded.recipe, checked.folder
     text = trained_card(
-        folder.root, recipe.model, recipe.data, recipe.training, built.trains, data.train.report.as_dict(), figures,
-        "peft" if built.targets else "transformers",
+        folder.root, base.folder, recipe.model, recipe.data, recipe.training, built.trains,
+        data.train.report.as_dict(), figures, "peft" if built.targets else "transformers",
     )  # fmt: skip
     tokenizer = trainer.processing_class
     if recipe.data.chat_template:

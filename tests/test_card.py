@@ -53,16 +53,19 @@ def base(tmp_path: Path, front: str | None) -> Path:
 def test_what_a_local_base_is_called_and_under_which_licence(
     tmp_path: Path, front: str | None, expected: tuple[str, str | None]
 ) -> None:
-    assert base_facts(str(base(tmp_path, front))) == expected
+    folder = base(tmp_path, front)
+    assert base_facts(str(folder), folder) == expected
 
 
-def test_a_base_of_the_hub_is_its_id() -> None:
-    assert base_facts("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
+def test_a_base_of_the_hub_is_its_id(tmp_path: Path) -> None:
+    assert base_facts("Qwen/Qwen3-0.6B", None) == ("Qwen/Qwen3-0.6B", None)
+    assert base_facts("Qwen/Qwen3-0.6B", base(tmp_path, "license: apache-2.0")) == ("Qwen/Qwen3-0.6B", "apache-2.0")
 
 
 def made(folder: Path, name: str, library: str = "peft", **data: Any) -> str:
     return trained_card(
         folder,
+        Path(name) if Path(name).is_dir() else None,
         ModelOptions(name_or_path=name),
         DataOptions.model_validate({"train": "data/tickets/train.jsonl", **data}),
         TrainingOptions(learning_rate=2e-4, seed=7),

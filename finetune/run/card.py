@@ -41,14 +41,18 @@ class CardFacts:
     tags: tuple[str, ...] = field(default=("finetune",))
 
 
-def base_facts(name_or_path: str) -> tuple[str, str | None]:
-    """The base's public name and licence: from its own card where it is a local folder, else its hub id.
+def base_facts(name_or_path: str, folder: Path | None) -> tuple[str, str | None]:
+    """The base's public name and licence, from its hub id and the card in its folder.
+
+    Args:
+        name_or_path: as the recipe names it.
+        folder: where its files are; None when they are not at hand.
 
     What a card calls its base model is what that model was made from. Only of a quantised copy it is the model itself.
     """
-    folder = Path(name_or_path).expanduser()
-    if not folder.is_dir():
+    if folder is None:
         return name_or_path, None
+    is_local = Path(name_or_path).expanduser().is_dir()
     matter: dict[str, Any] = {}
     card = folder / "README.md"
     if card.is_file() and (found := _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))):
@@ -59,7 +63,8 @@ def base_facts(name_or_path: str) -> tuple[str, str | None]:
         matter = loaded if isinstance(loaded, dict) else {}
     base = matter.get("base_model") if matter.get("base_model_relation") == "quantized" else None
     licence = matter.get("license")
-    return _first(base) or folder.resolve().name, _first(licence)
+    name = _first(base) or folder.resolve().name if is_local else name_or_path
+    return name, _first(licence)
 
 
 def _first(value: Any) -> str | None:
@@ -125,6 +130,7 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 
 def trained_card(
     folder: Path,
+    base_folder: Path | None,
     model: ModelOptions,
     data: DataOptions,
     training: TrainingOptions,
@@ -137,13 +143,14 @@ def trained_card(
 
     Args:
         folder: the run's folder, whose name becomes the title.
+        base_folder: the base's folder, for its licence.
         model, data, training: sections of the recipe.
         trains: what was trained, in words.
         counts: `rows_kept` and `trained_tokens` of the training data.
         figures: what was measured.
         library: "peft" or "transformers".
     """
-    name, licence = base_facts(model.name_or_path)
+    name, licence = base_facts(model.name_or_path, base_folder)
     settings = {
         "rows": counts["rows_kept"],
         "trained tokens": counts["trained_tokens"],

@@ -48,6 +48,11 @@ class RunFolder:
 
     root: Path
 
+    @classmethod
+    def at(cls, output_dir: str) -> RunFolder:
+        """The folder a recipe names; `~` is the user's home."""
+        return cls(Path(output_dir).expanduser())
+
     @property
     def recipe(self) -> Path:
         return self.root / "recipe.yaml"
