@@ -281,8 +281,8 @@ def small_disk(lab: Lab) -> Iterator[Callable[[str], Path]]:
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_step(
     lab: Lab, small_disk: Callable[[str], Path]
 ) -> None:
-    place = small_disk("256k")
-    outcome = lab.train({"output_dir": "small/run"})
+    place = small_disk("1m")
+    outcome = lab.train({"output_dir": "small/run", "adapter.r": 64})
     refused(outcome, 74, "output_dir", "MiB free", "save_total_limit")
     assert "step 1/" not in outcome.stderr
     assert list(place.iterdir()) == []
