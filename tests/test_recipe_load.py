@@ -88,7 +88,8 @@ def test_overrides_lie_over_files_and_the_last_wins(write: Write) -> None:
     path = write("r.yaml", MINIMAL + "training: {learning_rate: 1e-3, extra: {adam_beta1: 0.8}}\n")
     overrides = ["training.learning_rate=1e-4", "adapter.target_modules=[q_proj,v_proj]", "adapter.r=8", "adapter.r=32"]
     overrides += ["data.train=x.jsonl", "evaluate.limit=null", "training.extra.adam_beta2=0.9", "training.max_steps=5"]
-    overrides += ["data.packing=true", 'tracking.run_name="1e3"', "tracking.trackers=[wandb]", "output_dir=runs/b c # d", "launch={device: cpu}"]
+    overrides += ["data.packing=true", 'tracking.run_name="1e3"', "tracking.trackers=[wandb]"]
+    overrides += ["output_dir=runs/b c # d", "launch={device: cpu}"]
     loaded = load_recipe(path, overrides)
     recipe = loaded.recipe
     assert recipe.training.learning_rate == 1e-4

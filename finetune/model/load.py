@@ -135,7 +135,7 @@ def load_base(
 
     Raises:
         ModelError: the weights cannot be loaded, or some are missing from the files.
-        EnvironmentFault: quantisation was asked for and bitsandbytes is not installed.
+        EnvironmentFault: bitsandbytes, or the package of an attention kernel, is needed and not installed.
     """
     assert base.folder is not None, "a base is fetched before it is loaded"
     quantization = _quantization(options, kept.compute)
@@ -153,6 +153,11 @@ def load_base(
     try:
         model, report = AutoModelForCausalLM.from_pretrained(base.folder, **arguments)
     except _NOT_LOADABLE as error:
+        if isinstance(error, ImportError) and "flash" in str(error).lower():
+            raise EnvironmentFault(
+                f"model.attn_implementation: {attn_implementation} needs a package that is not installed, or a GPU "
+                f"({str(error).splitlines()[0]}); install it, or write auto"
+            ) from error
         raise _not_loaded(options, "model", error) from error
     _refuse_missing(options.name_or_path, report)
     keep_4bit_unpacked(model)

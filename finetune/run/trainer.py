@@ -67,13 +67,14 @@ class Trainer(SFTTrainer):
             arguments: SFTTrainer's own.
         """
         before = existing_parent(folder.checkpoints)
+        adapter = {name: p.detach().clone() for name, p in arguments["model"].named_parameters() if "lora_" in name}
         super().__init__(data_collator=collate, **arguments)
         self.folder = folder
         self._leave_no_folder(before)
         self._refuse_unusable_settings()
         self.model_accepts_loss_kwargs = True  # count trained tokens for every model: the loss is ours, not the model's
         self.saved_seconds = 0.0
-        self._keep_trained_weights_float32()
+        self._restore(adapter)
         self._refuse_spread_weights()
         self._loss = TrainedTokenLoss(self.model, sharded=self.is_sharded)
         self._seen = torch.zeros(2, dtype=torch.float64)  # tokens, trained tokens since the last log, this rank
@@ -120,11 +121,15 @@ class Trainer(SFTTrainer):
                 "one device, set model.quantization: nf4"
             )
 
-    def _keep_trained_weights_float32(self) -> None:
-        """TRL casts the adapter of a quantised base to bfloat16, which freezes small updates."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
+    def _restore(self, adapter: dict[str, Tensor]) -> None:
+        """Undo TRL's cast of a quantised base's adapter to bfloat16, which rounds it and freezes small updates.
+
+        Args:
+            adapter: its weights by name, as they were.
+        """
+        for name, parameter in self.model.named_parameters():
+            if name in adapter:
+                parameter.data = adapter[name].to(parameter.device)
 
     # -- loss ----------------------------------------------------------------------------------------------------
 
