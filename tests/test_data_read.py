@@ -109,6 +109,12 @@ def test_documents_longer_than_the_csv_modules_limit_are_read() -> None:
         ("a.jsonl", '{"text": "x"}\n{}\n', "a.jsonl:2: found an empty object; expected an object"),
         ("a.jsonl", '{"text": "x"}\n{"text": "y", "n": NaN}\n', "a.jsonl:2: found NaN, which JSON does not have"),
         ("a.jsonl", '{"text": "x"}\n{"text": "y", "n": -Infinity}\n', "a.jsonl:2: found -Infinity, which JSON"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"text": "y\\ud83d"}\n',
+            r"a.jsonl:2: found half of a character (\ud83d) in 'text'",
+        ),
+        ("a.json", '[{"text": "x"},\n{"text": {"\\udc00": 1}}]', r"a.json:2: found half of a character (\udc00)"),
         ("a.jsonl", '{"text": "x"}\n{"text": "y", "text": "z"}\n', "a.jsonl:2: found the key 'text' twice"),
         (
             "a.jsonl",

@@ -23,7 +23,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _Refused(f"the key {double!r} twice in one object")
+    for key, item in pairs:
+        if not key.isascii() or (isinstance(item, str) and not item.isascii()):
+            _refuse_half_pairs(key, item)
     return value
+
+
+def _refuse_half_pairs(key: str, item: Any) -> None:
+    """JSON may escape half of a surrogate pair, as a cut through an emoji leaves; no tokenizer takes it."""
+    try:
+        f"{key}{item if isinstance(item, str) else ''}".encode()
+    except UnicodeEncodeError as error:
+        raise _Refused(f"half of a character (\\u{ord(error.object[error.start]):04x}) in {key!r}") from None
 
 
 def _no_constant(name: str) -> Any:
