@@ -149,7 +149,9 @@ def test_an_unexpected_error_keeps_its_traceback_and_says_where_to_report(ending
 
 def test_an_interrupt_that_no_run_caught_ends_with_130(ending, capsys) -> None:
     assert roof.main(ending(KeyboardInterrupt())) == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert roof.main([*ending(KeyboardInterrupt()), "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "Interrupted"
 
 
 def test_results_are_json_even_where_a_figure_is_not_finite(ending, capsys) -> None:

@@ -147,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_namesake()
         code = app(args=words, prog_name="finetune", standalone_mode=False)
         sys.stdout.flush()
+        if code == ExitCode.INTERRUPTED:  # typer has taken Ctrl-C for itself, and says nothing
+            return _report("Interrupted", ExitCode.INTERRUPTED, "interrupted", as_json)
         return code if isinstance(code, int) else ExitCode.OK
     except FinetuneError as error:
         problems = [problem.to_json() for problem in error.problems] if isinstance(error, RecipeProblems) else None
