@@ -65,6 +65,7 @@ def run(
     Raises:
         RecipeError: no recipe, or one without `evaluate.data`.
         DataError: held-out rows at fault.
+        ExportError: the base changed since the adapter was trained.
     """
     from finetune.run.product import identify
     from finetune.scorers import SCORERS
@@ -109,11 +110,13 @@ def _answer(
     from finetune.model.fetch import fetch
     from finetune.model.folder import find
     from finetune.model.load import load_tokenizer, stop_ids
+    from finetune.run.product import refuse_other_base
 
     options = recipe.evaluate
     model_options = recipe.model.model_copy(update={"name_or_path": product.base})
     revision = recipe.model.revision if product.base == recipe.model.name_or_path else None
     base = fetch(find(product.base), revision, recipe.model.trust_remote_code)
+    refuse_other_base(product, base.name, base.weights, base.folder)
     tokenizer = load_tokenizer(model_options, base)
     stops = stop_ids(tokenizer, base)
     asked = questions(options.data, tokenizer, recipe.data.chat_template, stops, limit)

@@ -53,7 +53,7 @@ def run(
     from finetune.files import staged_folder, write_json
     from finetune.model.fetch import fetch
     from finetune.model.folder import find
-    from finetune.run.product import identify
+    from finetune.run.product import identify, refuse_other_base
 
     started = time.monotonic()
     product = identify(target)
@@ -65,7 +65,7 @@ def run(
     if folder.exists():
         raise RefusedError(f"{folder} exists already; remove it, or choose another place with --output")
     base = fetch(find(product.base), model.revision, model.trust_remote_code)
-    _same_base(product, base)
+    refuse_other_base(product, base.name, base.weights, base.folder)
     tokenizer_from = product.adapter if (product.adapter / "tokenizer_config.json").is_file() else None
     with staged_folder(folder, {"merged_from": {"base": base.name, "adapter": product.adapter.name}}) as staging:
         report = merged_export.write(
@@ -107,25 +107,6 @@ def _dtype(asked: str | None, options: ExportOptions) -> str:
     if name not in DTYPES:
         raise RecipeError(f"--dtype: {asked!r} is no precision; choose one of {', '.join((*DTYPES, *short))}")
     return name
-
-
-def _same_base(product: Product, base: Base) -> None:
-    """The base must hold the very bytes that were trained on.
-
-    Raises:
-        ExportError: a file differs.
-    """
-    from finetune.run.record import base_hashes
-
-    trained_on = (product.facts.get("base") or {}).get("sha256") or {}
-    weights = {path.name for path in base.weights} | {"config.json"}
-    now = base_hashes(base.weights, base.folder)
-    differ = sorted(name for name, value in trained_on.items() if name in weights and now.get(name) != value)
-    if differ:
-        raise ExportError(
-            f"{base.name} is not the base that was trained on: {', '.join(differ)} changed since; restore it, or train "
-            "again on the new one"
-        )
 
 
 def _card(product: Product, base: Base) -> str:

@@ -152,3 +152,15 @@ def test_an_adapter_on_a_quantised_base_is_scored_on_it(lab: Lab) -> None:
     write_rows(lab / "train.jsonl", rows)
     lab.train({**CHANGES, "model.quantization": "nf4", "evaluate.data": "train.jsonl"}).ok()
     assert evaluate(lab, "run", "--no-base", "--json").ok().json["scores"]["adapter"]["exact_match"] == 1.0
+
+
+def test_a_base_that_changed_since_the_training_is_refused(lab: Lab) -> None:
+    lab.own_base("chatml")
+    lab.train({**CHANGES, "training.max_steps": 1, "evaluate.data": "train.jsonl"}).ok()
+    weights = lab / "chatml/model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
+    outcome = evaluate(lab, "run")
+    assert outcome.returncode == 5
+    assert "chatml is not the base that was trained on: model.safetensors changed since" in outcome.stderr
+    assert not (lab / "run/evaluation.json").exists()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import RefusedError
+from finetune.errors import ExportError, RefusedError
 from finetune.run.folder import RunFolder, read_json
+from finetune.run.record import base_hashes
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,28 @@ def _whole_or_adapter(path: Path, folder: Path) -> Product:
         f"{path}: neither a run (run.json), nor an adapter (adapter_config.json), nor a model (config.json); "
         "`finetune runs` lists runs"
     )
+
+
+def refuse_other_base(product: Product, name: str, weights: tuple[Path, ...], folder: Path | None) -> None:
+    """The base must hold the very bytes that the adapter was trained on; one made elsewhere tells no hashes.
+
+    Args:
+        product: the adapter; whole weights pass.
+        name: the base as messages call it.
+        weights: its weight files.
+        folder: its local folder.
+
+    Raises:
+        ExportError: files differ or are gone, all of them named.
+    """
+    trained_on = (product.facts.get("base") or {}).get("sha256") or {}
+    if not trained_on:
+        return  # reads no weights for nothing
+    matter = {path.name for path in weights} | {"config.json"}
+    now = base_hashes(weights, folder)
+    differ = sorted(file for file, value in trained_on.items() if file in matter and now.get(file) != value)
+    if differ:
+        raise ExportError(
+            f"{name} is not the base that was trained on: {', '.join(differ)} changed since; restore it, or train "
+            "again on the new one"
+        )
