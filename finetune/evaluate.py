@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import RecipeError
+from finetune.errors import DataError, RecipeError
 from finetune.recipe.load import load_recipe
 from finetune.recipe.sections import ModelOptions, Recipe
 from finetune.registry import resolve
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from finetune.run.product import Product
 
 SHOWN = 3
+Scorer = Callable[[str, str], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def run(
     options = chosen.evaluate
     if not options.data:
         raise RecipeError("evaluate.data: the recipe names no held-out rows; add them, or give --recipe another recipe")
-    score = resolve("scorer", options.scorer, SCORERS)
-    questions, found = _answer(product, chosen, limit or options.limit, base)
+    score: Scorer = resolve("scorer", options.scorer, SCORERS)
+    questions, found = _answer(product, chosen, limit or options.limit, base, score)
     answered = [
         Answered(label, texts, [score(text, q.reference) for text, q in zip(texts, questions, strict=True)], seconds)
         for label, texts, seconds in found
@@ -96,7 +97,7 @@ def _recipe(product: Product, path: str | None) -> Recipe:
 
 
 def _answer(
-    product: Product, recipe: Recipe, limit: int | None, base_too: bool
+    product: Product, recipe: Recipe, limit: int | None, base_too: bool, score: Scorer
 ) -> tuple[list[Question], list[tuple[str, list[str], float]]]:
     """The questions, and each model's answers with the time they took; base first."""
     from finetune.plan.hardware import detect
@@ -120,6 +121,7 @@ def _answer(
     tokenizer = load_tokenizer(model_options, base)
     stops = stop_ids(tokenizer, base)
     asked = questions(options.data, tokenizer, recipe.data.chat_template, stops, limit)
+    _refuse_unscorable(asked, score)
     _say(f"{len(asked)} rows, greedy, at most {options.max_new_tokens} new tokens")
     model = _load(product, model_options, base, hardware)
     found: list[tuple[str, list[str], float]] = []
@@ -140,6 +142,19 @@ def _answer(
             ask("base")
     ask(product.label)
     return asked, found
+
+
+def _refuse_unscorable(asked: Sequence[Question], score: Scorer) -> None:
+    """Score each reference against itself, so that rows the scorer cannot take cost no loading and no answers."""
+    faults: list[str] = []
+    for question in asked:
+        try:
+            score(question.reference, question.reference)
+        except DataError as error:
+            faults.append(f"{question.place}: {error}")
+    if faults:
+        more = f"\nand {len(faults) - SHOWN} more rows like these" if len(faults) > SHOWN else ""
+        raise DataError("\n".join(faults[:SHOWN]) + more)
 
 
 def _say(line: str, live: bool = False) -> None:

@@ -122,6 +122,15 @@ def test_bad_held_out_rows_are_told_with_their_lines(trained: Lab) -> None:
     assert "Traceback" not in outcome.stderr
 
 
+def test_rows_that_the_scorer_cannot_take_are_refused_before_anything_answers(trained: Lab) -> None:
+    name = trained.recipe({**CHANGES, "evaluate.scorer": "json_fields"}, "fields.yaml")
+    outcome = evaluate(trained, "run", "--recipe", name)
+    assert outcome.returncode == 3
+    assert "held.jsonl:1: evaluate.scorer: json_fields needs answers that are JSON objects" in outcome.stderr
+    assert "and 3 more rows" in outcome.stderr
+    assert "answered" not in outcome.stderr
+
+
 def test_an_unknown_scorer_names_the_nearest(trained: Lab) -> None:
     outcome = evaluate(trained, "run", "--recipe", trained.recipe({**CHANGES, "evaluate.scorer": "exact"}, "s.yaml"))
     assert outcome.returncode == 2
