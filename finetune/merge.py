@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -199,4 +200,4 @@ def _say_done(facts: dict[str, Any]) -> None:
         f"adapter moves the base by {proof['effect']['mean_kl']:.2e}; same first choice at {proof['gap']['top1']:.1%} "
         f"of {proof['gap']['positions']} positions"
     )
-    print(f"next: finetune evaluate {facts['output']}")
+    print(f"next: finetune evaluate {shlex.quote(facts['output'])}")

@@ -128,6 +128,10 @@ def test_large_models_are_written_in_shards_with_an_index(trained: Lab) -> None:
     assert difference.abs().max() <= 1e-5
 
 
+def test_the_next_command_can_be_pasted_whatever_the_output_is_called(trained: Lab) -> None:
+    assert "next: finetune evaluate 'two words'" in merge(trained, "run", "--output", "two words").ok().stdout
+
+
 def test_an_output_that_exists_is_left_alone(trained: Lab) -> None:
     (trained / "mine").mkdir()
     (trained / "mine/thesis.tex").write_text("years of work")
