@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -44,7 +45,8 @@ def run(
 
     Raises:
         ExportError: the adapter does not fit the base, or the proof fails; nothing is left behind then.
-        RefusedError: the output exists.
+        RefusedError: the output exists, or lies in the adapter.
+        RecipeError: the output or the precision is no name of one.
     """
     from finetune.run.say import quieten
 
@@ -62,9 +64,7 @@ def run(
         raise RefusedError(f"{target}: holds whole weights already, so there is nothing to merge")
     options, model = _options(product)
     chosen = _dtype(dtype, options)
-    folder = Path(output) if output else product.adapter.parent / "merged"
-    if folder.exists():
-        raise RefusedError(f"{folder} exists already; remove it, or choose another place with --output")
+    folder = _output(output, product.adapter)
     base = fetch(find(product.base), model.revision, model.trust_remote_code)
     refuse_other_base(product, base.name, base.weights, base.folder)
     tokenizer_from = product.adapter if (product.adapter / "tokenizer_config.json").is_file() else None
@@ -98,6 +98,18 @@ def _options(product: Product) -> tuple[ExportOptions, ModelOptions]:
         return ExportOptions(), ModelOptions(name_or_path=product.base)
     recipe = load_recipe(product.recipe).recipe
     return recipe.export, recipe.model
+
+
+def _output(asked: str | None, adapter: Path) -> Path:
+    """The folder to make."""
+    if asked is not None and not asked.strip():
+        raise RecipeError("--output: is empty; name a folder to make, or leave it out for `merged` beside the adapter")
+    folder = adapter.parent / "merged" if asked is None else Path(asked)
+    if os.path.lexists(folder):
+        raise RefusedError(f"{folder} exists already; remove it, or choose another place with --output")
+    if folder.resolve().is_relative_to(adapter.resolve()):
+        raise RefusedError(f"{folder} lies in the adapter's own folder {adapter}; choose another place with --output")
+    return folder
 
 
 def _dtype(asked: str | None, options: ExportOptions) -> str:

@@ -141,6 +141,33 @@ def test_an_output_that_exists_is_left_alone(trained: Lab) -> None:
     assert [path.name for path in (trained / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_an_output_that_is_a_file_is_left_alone(trained: Lab) -> None:
+    (trained / "thesis.tex").write_text("years of work")
+    outcome = merge(trained, "run", "--output", "thesis.tex")
+    assert outcome.returncode == 5
+    assert "thesis.tex exists already" in outcome.stderr
+    assert (trained / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("place", ["run/adapter/merged", "run/merged-here/../adapter/deep/merged"])
+def test_an_output_in_the_adapter_is_refused(trained: Lab, place: str) -> None:
+    before = sorted((trained / "run/adapter").rglob("*"))
+    outcome = merge(trained, "run", "--output", place)
+    assert outcome.returncode == 5
+    assert "lies in the adapter's own folder" in outcome.stderr
+    assert len(before) >= 3
+    assert sorted((trained / "run/adapter").rglob("*")) == before
+
+
+@pytest.mark.parametrize("nothing", ["", "  "])
+def test_an_empty_output_is_refused(trained: Lab, nothing: str) -> None:
+    before = sorted(path.name for path in trained.folder.iterdir())
+    outcome = merge(trained, "run", "--output", nothing)
+    assert outcome.returncode == 2
+    assert "--output: is empty" in outcome.stderr
+    assert sorted(path.name for path in trained.folder.iterdir()) == before
+
+
 def test_a_base_that_changed_since_the_training_is_refused(trained: Lab) -> None:
     weights = trained / "chatml/model.safetensors"
     before = weights.read_bytes()
