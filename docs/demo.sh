@@ -16,7 +16,7 @@ run finetune base smollm2
 run finetune train recipes/quickstart.yaml --overwrite
 run finetune evaluate runs/quickstart
 run finetune merge runs/quickstart
-run finetune evaluate runs/quickstart/merged --recipe recipes/quickstart.yaml
+run finetune evaluate runs/quickstart/merged
 
 cat <<'END'
 
