@@ -68,7 +68,8 @@ def run(
     base = fetch(find(product.base), model.revision, model.trust_remote_code)
     refuse_other_base(product, base.name, base.weights, base.folder)
     tokenizer_from = product.adapter if (product.adapter / "tokenizer_config.json").is_file() else None
-    with staged_folder(folder, {"merged_from": {"base": base.name, "adapter": product.adapter.name}}) as staging:
+    named = (product.facts.get("base") or {}).get("name") or base.name  # as the recipe says it, not where it was found
+    with staged_folder(folder, {"merged_from": {"base": named, "adapter": product.adapter.name}}) as staging:
         report = merged_export.write(
             base, product.adapter, staging, chosen, options.max_shard_size, _card(product, base), product.facts,
             tokenizer_from,

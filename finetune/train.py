@@ -10,6 +10,7 @@ the adapter, build the trainer, train, save and prove what was saved. Until the 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExitCode, FinetuneError, HardwareError, NonFiniteError, RecipeError, StoppedError
+from finetune.errors import (
+    ExitCode,
+    FinetuneError,
+    HardwareError,
+    NonFiniteError,
+    RecipeError,
+    RefusedError,
+    StoppedError,
+)
 from finetune.recipe.load import load_recipe
 from finetune.recipe.loaded import LoadedRecipe
 from finetune.recipe.shipped import configs_folder
@@ -87,6 +96,7 @@ class Checked:
     method: Method
     folder: RunFolder
     continuing: bool
+    overwrite: bool
 
 
 def check(loaded: LoadedRecipe, overwrite: bool = False) -> Checked:
@@ -111,9 +121,20 @@ def check(loaded: LoadedRecipe, overwrite: bool = False) -> Checked:
         raise RecipeError("\n".join(faults))
     folder, continuing = RunFolder.at(recipe.output_dir), False
     if os.environ.get("RANK", "0") == "0":  # other ranks take rank 0's word: it writes there while they still look
-        folder, continuing = claim(folder.root, loaded.hash(), overwrite)
+        needed = _needed(loaded)
+        folder, continuing = claim(folder.root, loaded.hash(), overwrite, needed)
     refuse(check_sources(recipe.data, method.needs))
-    return Checked(base, family, method, folder, continuing)
+    return Checked(base, family, method, folder, continuing, overwrite)
+
+
+def _needed(loaded: LoadedRecipe) -> tuple[Path, ...]:
+    """What replacing an earlier run must leave alone: the recipe's files, the base, the data, the working folder."""
+    recipe = loaded.recipe
+    sources = (*recipe.data.train, *recipe.data.validation, *recipe.evaluate.data)
+    template = [recipe.data.chat_template] if recipe.data.chat_template else []
+    named = [recipe.model.name_or_path, *template, *(source.path for source in sources)]
+    found = [path for path in (Path(name).expanduser() for name in named) if path.exists()]
+    return (*loaded.files, *found, Path.cwd())
 
 
 def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
@@ -334,8 +355,13 @@ def _begin(
     launched: World,
     resume: str | None,
 ) -> None:
-    """Write the first files of the run folder."""
-    from finetune.run.folder import need_space
+    """Write the first files of the run folder.
+
+    Raises:
+        RefusedError: another run has begun there since this one looked.
+        DiskError: too little space.
+    """
+    from finetune.run.folder import claim, need_space
     from finetune.run.record import base_hashes, this_process
 
     recipe, folder = loaded.recipe, checked.folder
@@ -348,6 +374,7 @@ def _begin(
         "recipe_hash": loaded.hash(),
         "base": {
             "name": recipe.model.name_or_path,
+            "folder": str(base.folder.absolute()) if base.folder else None,
             "revision": recipe.model.revision,
             "model_type": base.model_type,
             "sha256": base_hashes(base.weights, base.folder),
@@ -364,7 +391,11 @@ def _begin(
         "hardware": hardware.facts(),
     }
     step = int(resume.rsplit("-", 1)[-1]) if resume else (0 if checked.continuing else None)
-    folder.begin(recipe_yaml(loaded, derived), record, data.probe(), step)
+    with folder.claimed_alone():
+        _, continuing = claim(folder.root, loaded.hash(), checked.overwrite, _needed(loaded))
+        if continuing != checked.continuing:
+            raise RefusedError(f"output_dir: another run has begun in {folder.root} meanwhile; choose another folder")
+        folder.begin(recipe_yaml(loaded, derived), record, data.probe(), step)
 
 
 def _finish(
@@ -441,9 +472,10 @@ def _say_done(facts: dict[str, Any]) -> None:
     if "validation_loss" in facts:
         loss += f", validation loss {facts['validation_loss']}"
     print(f"\n{facts['steps']} steps in {facts['seconds']:.0f} s, {facts['tokens_per_second']:.0f} tokens/s, {loss}")
-    print(f"next: finetune evaluate {facts['run']}")
+    run = shlex.quote(facts["run"])
+    print(f"next: finetune evaluate {run}")
     if facts["adapter"] != "none":
-        print(f"      finetune merge {facts['run']}")
+        print(f"      finetune merge {run}")
 
 
 if __name__ == "__main__":

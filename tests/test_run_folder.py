@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,8 @@ def test_an_unfinished_run_of_the_same_recipe_is_continued(run: RunFolder) -> No
     assert claim(run.root, "abc", overwrite=True) == (run, False)
 
 
-@pytest.mark.parametrize("record", ['{"recipe_hash": "other"}', "{}", "{", "[]"])
-def test_a_run_of_another_recipe_is_refused_unless_overwritten(run: RunFolder, record: str) -> None:
-    run.record.write_text(record)
+def test_a_run_of_another_recipe_is_refused_unless_overwritten(run: RunFolder) -> None:
+    run.record.write_text('{"recipe_hash": "other"}')
     with pytest.raises(RefusedError, match=r"holds a run of another recipe; .* --overwrite"):
         claim(run.root, "abc", overwrite=False)
     assert claim(run.root, "abc", overwrite=True) == (run, False)
@@ -110,7 +110,6 @@ def test_a_run_that_goes_on_is_left_alone(run: RunFolder, alive: int, overwrite:
 @pytest.mark.parametrize(
     "record",
     [
-        {"host": "another-machine"},
         {"pid": os.getpid()},
         {"pid": 2**22 + 5},
         {"pid": 0},
@@ -145,6 +144,19 @@ def test_a_run_that_has_ended_holds_nothing(run: RunFolder, alive: int) -> None:
 # -- begin ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("silent", [60, 3600])
+def test_a_run_of_another_machine_goes_on_while_it_writes(run: RunFolder, silent: int) -> None:
+    run.record.write_text(json.dumps({"recipe_hash": "abc", "pid": 7, "host": "another-machine"}))
+    run.metrics.write_text('{"step": 1}\n')
+    for path in (run.record, run.metrics):
+        os.utime(path, (time.time() - silent,) * 2)
+    if silent > 600:
+        assert claim(run.root, "abc", overwrite=False) == (run, True)
+    else:
+        with pytest.raises(RefusedError, match="still going on"):
+            claim(run.root, "abc", overwrite=True)
+
+
 def test_a_new_run_has_its_first_files(run: RunFolder) -> None:
     assert sorted(path.name for path in run.root.iterdir()) == ["checkpoints", "probe.json", "recipe.yaml", "run.json"]
     assert read_json(run.record) == {"recipe_hash": "abc"}
@@ -161,7 +173,7 @@ def test_a_new_run_removes_all_of_an_old_one_behind_a_link_too(run: RunFolder, t
     run.write_exit(0, "finished", 7)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").write_text("x")
-    (run.root / "link").symlink_to(tmp_path / "elsewhere")
+    (run.root / "merged").symlink_to(tmp_path / "elsewhere")
     folder = run
     if linked:
         (tmp_path / "way").symlink_to(run.root)
@@ -295,3 +307,41 @@ def test_a_run_that_will_not_fit_is_refused_before_it_starts(run: RunFolder) -> 
         need_space(run, 10**15, 2)
     assert caught.value.exit_code == 74
     need_space(RunFolder(run.root / "not" / "yet" / "there"), 1000, 2)
+
+
+def test_replacing_a_run_takes_nothing_else(run: RunFolder) -> None:
+    root = run.root
+    (root / "notes.md").write_text("mine")
+    with pytest.raises(RefusedError, match=r"holds what no run writes: notes\.md"):
+        claim(root, "h", overwrite=True)
+    (root / "notes.md").unlink()
+    assert claim(root, "h", overwrite=True) == (run, False)
+
+
+def test_replacing_a_run_refuses_when_the_new_one_needs_what_is_inside(run: RunFolder) -> None:
+    root = run.root
+    base = root / "model"
+    base.mkdir()
+    with pytest.raises(RefusedError, match="holds what this run needs: .*model"):
+        claim(root, "h", overwrite=True, needed=[base])
+
+
+def test_a_record_of_something_else_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"name": "theirs"}')
+    for overwrite in (False, True):
+        with pytest.raises(RefusedError, match="files that are no run's"):
+            claim(tmp_path, "h", overwrite)
+    assert (tmp_path / "run.json").exists()
+
+
+def test_only_one_process_decides_about_a_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    script = (
+        "import sys; from pathlib import Path; from finetune.run.folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).claimed_alone(): print('in', flush=True)"
+    )
+    with folder.claimed_alone():
+        other = subprocess.Popen([sys.executable, "-c", script, str(folder.root)], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=2)
+    assert other.communicate(timeout=20)[0] == "in\n"

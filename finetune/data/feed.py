@@ -62,7 +62,9 @@ class Feed:
         said += [f"validation: {line}" for line in self.validation.report.lines()]
         if shared := shared_rows(self.train, self.validation):
             source, row = shared[0]
-            said.append(f"warning: {len(shared)} validation rows are trained on too, the first is {source}:{row}")
+            said.append(
+                f"warning: {len(shared)} validation rows are trained on too, the first is row {row} of {source}, from 0"
+            )
         return said
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from finetune.recipe.section import Section
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -48,7 +48,7 @@ class AdapterOptions(Section):
 
     method: Literal["lora", "dora", "none"] = "lora"
     """`lora` (arXiv 2106.09685), `dora` (arXiv 2402.09353), or `none` for full fine-tuning."""
-    r: Count = 16
+    r: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Rank of the LoRA matrices."""
     lora_alpha: Count = 32
     """Scale of the update: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
@@ -150,7 +150,7 @@ class TrainingOptions(Section):
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradient's norm to this; 0 switches clipping off."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of the adapter's initial weights, the row order and dropout."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: saves memory, costs a third more time. `auto` is off on a

@@ -12,20 +12,31 @@ exit.json        how the run ended: exit code, reason, last step
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import DiskError, RefusedError
-from finetune.files import disk_errors, existing_parent, manifest_faults, write_json, write_text
+from finetune.files import disk_errors, existing_parent, locked, manifest_faults, write_json, write_text
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_SILENT_SECONDS = 600  # a run on another machine that has written nothing for so long is taken to have ended
+# Everything that a run, its merge and its evaluations write, and what they leave when they are killed.
+_OURS = re.compile(
+    r"(recipe\.yaml|(run|exit|probe)\.json|evaluation(-\w+)?\.json|metrics\.jsonl|checkpoints|adapter|model|merged|tracking"
+    r"|\..*\.tmp)$"
+)
 
 
 def now() -> str:
@@ -50,8 +61,9 @@ class RunFolder:
 
     @classmethod
     def at(cls, output_dir: str) -> RunFolder:
-        """The folder a recipe names; `~` is the user's home."""
-        return cls(Path(output_dir).expanduser())
+        """The folder a recipe names; `~` is the user's home, and no `..` is left in the path."""
+        path = Path(output_dir).expanduser()
+        return cls(path.resolve() if ".." in path.parts else path)
 
     @property
     def recipe(self) -> Path:
@@ -109,11 +121,27 @@ class RunFolder:
         write_text(self.recipe, recipe)
         write_json(self.probe, probe)
 
+    def is_run(self) -> bool:
+        """Whether run.json is one of ours."""
+        return "recipe_hash" in read_json(self.record)
+
+    def foreign(self) -> list[str]:
+        """Names in the folder that no run writes; they are never removed."""
+        return sorted(path.name for path in self.root.iterdir() if not _OURS.match(path.name))
+
+    @contextlib.contextmanager
+    def claimed_alone(self) -> Iterator[None]:
+        """Only one process of this machine at a time may decide that the folder is its own."""
+        key = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
+        with locked(Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}-{key}.lock"):
+            yield
+
     def _clear(self) -> None:
-        """Remove what an earlier run left; the folder itself may be a link and stays. The record goes last."""
+        """Remove what an earlier run left, and nothing else; the folder itself may be a link. The record goes last."""
         if not self.root.is_dir():
             return
-        for path in sorted(self.root.iterdir(), key=lambda path: path == self.record):
+        ours = [path for path in self.root.iterdir() if _OURS.match(path.name)]
+        for path in sorted(ours, key=lambda path: path == self.record):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -132,11 +160,14 @@ class RunFolder:
         write_json(self.exit, {**ended, "facts": facts} if facts else ended)
 
     def is_running(self) -> bool:
-        """Whether the process that writes here lives on this machine."""
+        """Whether the process that writes here lives; of another machine's, whether it wrote within ten minutes."""
         record = read_json(self.record)
         pid = record.get("pid")
-        if self.exit.exists() or record.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
+        if self.exit.exists() or not isinstance(pid, int) or pid < 1:
             return False
+        if record.get("host") != socket.gethostname():
+            last = max(path.stat().st_mtime for path in (self.record, self.metrics) if path.exists())
+            return time.time() - last < _SILENT_SECONDS
         if pid == os.getpid():
             return False
         try:
@@ -188,13 +219,14 @@ def _step_of(path: Path) -> int:
     return int(match.group(1))
 
 
-def claim(root: Path, recipe_hash: str, overwrite: bool) -> tuple[RunFolder, bool]:
+def claim(root: Path, recipe_hash: str, overwrite: bool, needed: Sequence[Path] = ()) -> tuple[RunFolder, bool]:
     """Choose a folder for a run, or take up the run that stands there. Nothing is written or removed yet.
 
     Args:
         root: the recipe's output_dir.
         recipe_hash: hash of the resolved recipe.
         overwrite: a run that stands there may be replaced.
+        needed: files and folders that must outlive a replacement: the base, the data, the recipe.
 
     Returns:
         The folder, and whether an unfinished run of the same recipe is continued.
@@ -205,13 +237,17 @@ def claim(root: Path, recipe_hash: str, overwrite: bool) -> tuple[RunFolder, boo
     folder = RunFolder(root)
     if not (above := existing_parent(root)).is_dir():
         raise RefusedError(f"output_dir: {root}: {above} is a file; choose a folder")
-    if not any(path.is_file() for path in root.rglob("*")):  # also the empty folders that a start cut short leaves
+    with disk_errors(root):
+        _can_be_made(root)
+        empty = not any(path.is_file() for path in root.rglob("*"))  # or the empty folders of a start cut short
+    if empty:
         return folder, False
-    if not folder.record.is_file():
+    if not folder.is_run():
         raise RefusedError(f"output_dir: {root} holds files that are no run's; choose an empty or new folder")
     if folder.is_running():
         raise RefusedError(f"output_dir: a run is still going on in {root}; wait for it, stop it, or choose another")
     if overwrite:
+        _refuse_loss(folder, needed)
         return folder, False
     if read_json(folder.record).get("recipe_hash") != recipe_hash:
         raise RefusedError(
@@ -224,6 +260,35 @@ def claim(root: Path, recipe_hash: str, overwrite: bool) -> tuple[RunFolder, boo
             "or pass --overwrite to train again"
         )
     return folder, True
+
+
+def _can_be_made(root: Path) -> None:
+    """Make the folder and remove it again, as far as it does not exist."""
+    missing = [path for path in (root, *root.absolute().parents) if not path.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise RefusedError(f"output_dir: {root} cannot be made; choose another folder") from error
+    for path in missing:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def _refuse_loss(folder: RunFolder, needed: Sequence[Path]) -> None:
+    """Replacing a run must not take anything else with it."""
+    root = folder.root.resolve()
+    inside = sorted({str(path) for path in needed if root in (path.resolve(), *path.resolve().parents)})
+    if inside:
+        raise RefusedError(
+            f"output_dir: {folder.root} is to be replaced, and holds what this run needs: {', '.join(inside)}; choose "
+            "another output_dir"
+        )
+    if foreign := folder.foreign():
+        shown = ", ".join(foreign[:5]) + (" …" if len(foreign) > 5 else "")
+        raise RefusedError(
+            f"output_dir: {folder.root} is to be replaced, and holds what no run writes: {shown}; move that away, or "
+            "choose another output_dir"
+        )
 
 
 def need_space(folder: RunFolder, trained: int, checkpoints: int) -> None:

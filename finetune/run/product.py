@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class Product:
         folder: where results about it are written: the run's folder, else its own; the working folder for a base,
             which is not ours to write into.
         adapter: the adapter folder; None for whole weights.
-        base: folder or hub id of the base an adapter belongs to, or of the whole weights.
+        base: folder or hub id of the base an adapter belongs to, or of the whole weights; the folder that the training used
+            where a relative one is not found from here.
         recipe: the recipe it was trained with, where one stands beside it.
         facts: the adapter's finetune.json; empty for one made elsewhere.
         label: how tables call it.
@@ -64,7 +66,8 @@ def _whole_or_adapter(path: Path, folder: Path) -> Product:
                 raise ValueError(f"base_model_name_or_path is {base!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise RefusedError(f"{config}: cannot be read, or names no base model ({error})") from error
-        return Product(folder, path, base, recipe, read_json(path / "finetune.json"), "adapter")
+        facts = read_json(path / "finetune.json")
+        return Product(folder, path, _base_place(base, facts), recipe, facts, "adapter")
     if (path / "config.json").is_file():
         merged = (path / "proof.json").is_file()
         made_here = merged or (folder / "run.json").is_file()
@@ -73,6 +76,17 @@ def _whole_or_adapter(path: Path, folder: Path) -> Product:
         f"{path}: neither a run (run.json), nor an adapter (adapter_config.json), nor a model (config.json); "
         "`finetune runs` lists runs"
     )
+
+
+def _base_place(name: str, facts: dict[str, Any]) -> str:
+    """Where the base is: under its name, or, seen from another working folder, where the training found it.
+
+    What lies there now may be something else; `refuse_other_base` looks.
+    """
+    if os.path.exists(os.path.expanduser(name)):
+        return name
+    path = (facts.get("base") or {}).get("path")
+    return path if isinstance(path, str) and os.path.isdir(path) else name
 
 
 def refuse_other_base(product: Product, name: str, weights: tuple[Path, ...], folder: Path | None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import sha256
+from finetune.privacy import mask_text
 from finetune.run.folder import now
 
 STACK = (
@@ -57,8 +58,12 @@ def _git(*words: str) -> str:
 
 
 def command_line() -> str:
-    """The command as it was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as it was typed, with the values of secret environment variables masked."""
+    path = Path(sys.argv[0])
+    words = ["python", "-m", f"finetune.{path.stem}"] if path.suffix == ".py" else [path.name]
+    if path.name == "__main__.py":
+        words = ["python", "-m", "finetune"]
+    return mask_text(shlex.join([*words, *sys.argv[1:]]))
 
 
 def this_process() -> dict[str, Any]:
@@ -66,6 +71,7 @@ def this_process() -> dict[str, Any]:
     return {
         "created": now(),
         "command": command_line(),
+        "working_folder": os.getcwd(),
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "versions": versions(),

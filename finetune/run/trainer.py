@@ -7,6 +7,7 @@ tokens, not over batches), checkpoints that appear whole or not at all, and the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -86,7 +87,8 @@ class Trainer(SFTTrainer):
         """The stock trainer has made its folder below `before`; a start that fails later must leave nothing."""
         made = self.folder.checkpoints.absolute()
         while self.args.should_save and made != before:
-            made.rmdir()
+            with contextlib.suppress(OSError):  # another run's start has put something there meanwhile
+                made.rmdir()
             made = made.parent
 
     def _refuse_unusable_settings(self) -> None:
@@ -175,11 +177,14 @@ class Trainer(SFTTrainer):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         origins, self._origins, self._micro_losses = self._origins, [], []
         if bad.item():
+            kept = "no step was made before it"
+            if step := self.state.global_step:
+                self._save_checkpoint(model)
+                kept = f"checkpoint-{step} holds the state before it"
             raise NonFiniteError(
-                f"step {self.state.global_step + 1}: loss {float(loss):g}, gradient norm {float(norm):g}; the update "
-                f"was not made. Rows of this step on rank {self.args.process_index}: {_short(origins)}. Lower "
-                "training.learning_rate, look at those rows, or use a wider model.dtype; the newest checkpoint is "
-                "from before this step"
+                f"step {step + 1}: loss {float(loss):g}, gradient norm {float(norm):g}; the update was not made, and "
+                f"{kept}. Rows of this step on rank {self.args.process_index} (counted from 0): {_short(origins)}. "
+                "Lower training.learning_rate, look at those rows, or use a wider model.dtype"
             )
         return norm
 
@@ -190,6 +195,7 @@ class Trainer(SFTTrainer):
         self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The mean loss per trained token over all validation rows, whatever the batches and ranks."""
+        began = time.monotonic()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         world, rank, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
         mine = list(range(rank, len(rows), world))
@@ -213,6 +219,7 @@ class Trainer(SFTTrainer):
             dist.all_reduce(sums)
         metrics = {f"{metric_key_prefix}_loss": (sums[0] / sums[1].clamp(min=1)).item()}
         self.log(dict(metrics))
+        self._logged_at += time.monotonic() - began  # an evaluation is not training time
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -279,10 +286,10 @@ class Trainer(SFTTrainer):
 
 
 def _origins(row: dict[str, Any]) -> list[str]:
-    """`source:row` of the raw row, or of each raw row that was packed into this one."""
+    """`source row n` of the raw row, or of each raw row that was packed into this one."""
     if isinstance(row["source"], list):
-        return [f"{source}:{number}" for source, number in zip(row["source"], row["row"], strict=True)]
-    return [f"{row['source']}:{row['row']}"]
+        return [f"{source} row {number}" for source, number in zip(row["source"], row["row"], strict=True)]
+    return [f"{row['source']} row {row['row']}"]
 
 
 def _finite(value: Any) -> bool:
