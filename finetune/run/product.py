@@ -21,8 +21,8 @@ class Product:
         folder: where results about it are written: the run's folder, else its own; the working folder for a base,
             which is not ours to write into.
         adapter: the adapter folder; None for whole weights.
-        base: folder or hub id of the base an adapter belongs to, or of the whole weights; the folder that the training used
-            where a relative one is not found from here.
+        base: folder or hub id of the base an adapter belongs to, or of the whole weights; the folder that the
+            training used where a relative one is not found from here.
         recipe: the recipe it was trained with, where one stands beside it.
         facts: the adapter's finetune.json; empty for one made elsewhere.
         label: how tables call it.
