@@ -322,7 +322,7 @@ def test_replacing_a_run_refuses_when_the_new_one_needs_what_is_inside(run: RunF
     root = run.root
     base = root / "model"
     base.mkdir()
-    with pytest.raises(RefusedError, match="holds what this run needs: .*model"):
+    with pytest.raises(RefusedError, match=r"holds what this run needs: .*model"):
         claim(root, "h", overwrite=True, needed=[base])
 
 

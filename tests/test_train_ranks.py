@@ -120,7 +120,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all(lab: Lab) -> None:
     outcomes = ranks(lab, {"model.name_or_path": "infinite"})
     for rank, outcome in enumerate(outcomes):
         assert outcome.returncode == 76
-        assert f"on rank {rank}: train.jsonl:" in outcome.stderr
+        assert f"on rank {rank} (counted from 0): train.jsonl row" in outcome.stderr
         assert "Traceback" not in outcome.stderr
     assert lab.ended()["exit_code"] == 76
 
