@@ -177,10 +177,6 @@ def test_a_base_that_changed_since_the_training_is_refused(lab: Lab) -> None:
 
 def test_a_run_is_scored_from_another_working_folder(trained: Lab, tmp_path: Path) -> None:
     """Its recipe names the base by a path that means nothing there."""
-    facts = trained / "run/adapter/finetune.json"
-    read = json.loads(facts.read_text())
-    read["base"]["path"] = str(trained / "chatml")
-    facts.write_text(json.dumps(read))
     recipe = trained.recipe({**CHANGES, "evaluate.data": str(trained / "held.jsonl")}, "absolute.yaml")
     words = ("evaluate", str(trained / "run"), "--recipe", str(trained / recipe), "--json")
     scores = trained.warm.run(*words, cwd=tmp_path).ok().json["scores"]

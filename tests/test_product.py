@@ -116,9 +116,9 @@ def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path, content: str) 
 
 
 def test_a_base_not_found_under_its_name_is_looked_for_where_the_training_found_it(tmp_path: Path) -> None:
-    path = adapter(tmp_path / "x", "bases/small")
+    path = adapter(tmp_path / "x" / "adapter", "bases/small")
     there = model(tmp_path / "bases" / "small")
-    (path / "finetune.json").write_text(json.dumps({"base": {"name": "bases/small", "path": str(there)}}))
+    (tmp_path / "x" / "run.json").write_text(json.dumps({"base": {"folder": str(there)}}))
     assert identify(str(path)).base == str(there)
     there.rename(tmp_path / "gone")
     assert identify(str(path)).base == "bases/small"
@@ -126,6 +126,6 @@ def test_a_base_not_found_under_its_name_is_looked_for_where_the_training_found_
 
 def test_a_base_found_under_its_name_is_that_one(tmp_path: Path) -> None:
     named, other = model(tmp_path / "named"), model(tmp_path / "other")
-    path = adapter(tmp_path / "x", str(named))
-    (path / "finetune.json").write_text(json.dumps({"base": {"path": str(other)}}))
+    path = adapter(tmp_path / "x" / "adapter", str(named))
+    (tmp_path / "x" / "run.json").write_text(json.dumps({"base": {"folder": str(other)}}))
     assert identify(str(path)).base == str(named)

@@ -67,7 +67,7 @@ def _whole_or_adapter(path: Path, folder: Path) -> Product:
         except (ValueError, KeyError, TypeError) as error:
             raise RefusedError(f"{config}: cannot be read, or names no base model ({error})") from error
         facts = read_json(path / "finetune.json")
-        return Product(folder, path, _base_place(base, facts), recipe, facts, "adapter")
+        return Product(folder, path, _base_place(base, read_json(folder / "run.json")), recipe, facts, "adapter")
     if (path / "config.json").is_file():
         merged = (path / "proof.json").is_file()
         made_here = merged or (folder / "run.json").is_file()
@@ -78,14 +78,15 @@ def _whole_or_adapter(path: Path, folder: Path) -> Product:
     )
 
 
-def _base_place(name: str, facts: dict[str, Any]) -> str:
+def _base_place(name: str, record: dict[str, Any]) -> str:
     """Where the base is: under its name, or, seen from another working folder, where the training found it.
 
-    What lies there now may be something else; `refuse_other_base` looks.
+    What lies there now may be something else; `refuse_other_base` looks. The place stands in run.json alone, because an
+    adapter travels, and a path of this machine should not travel with it.
     """
     if os.path.exists(os.path.expanduser(name)):
         return name
-    path = (facts.get("base") or {}).get("path")
+    path = (record.get("base") or {}).get("folder")
     return path if isinstance(path, str) and os.path.isdir(path) else name
 
 
