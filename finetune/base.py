@@ -151,9 +151,9 @@ def fetch(base: Base, output: Path, source: Path | None = None, report: Report =
     _check_space(base, output)
     try:
         _write(base, output, source, report)
-    except OSError as error:
+    except RefusedError:
         # Another process finished the same folder in the meantime; is_there says whether it is the right one.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not is_there(base, output):
+        if not is_there(base, output):
             raise
         return False
     return True

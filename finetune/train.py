@@ -412,7 +412,7 @@ def _finish(
     """Measure, save, prove; empty on ranks other than 0."""
     figures: dict[str, Any] = {"steps": trainer.state.global_step}
     if data.validation is not None:
-        figures["validation_loss"] = round(trainer.evaluate()["eval_loss"], 4)
+        figures["validation_loss"] = round(trainer.last_validation_loss(), 4)
     if not launched.is_main:
         return {}
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -51,7 +51,7 @@ def test_explain_says_value_origin_and_help(recipe: str) -> None:
     assert text.splitlines()[:3] == [
         "adapter.r: 4",
         "  from      override 1: adapter.r=4",
-        "  expected  a whole number of at least 1",
+        "  expected  a whole number from 1 to 65,536",
     ]
     assert text.endswith("Rank of the LoRA matrices.\n")
     assert "keys      method, r, lora_alpha" in printed("explain", recipe, "adapter")
@@ -59,7 +59,9 @@ def test_explain_says_value_origin_and_help(recipe: str) -> None:
 
 
 def test_check_tells_problems_in_json_with_its_code(recipe: str) -> None:
-    assert printed("check", recipe) == "r.yaml: ok (3 keys set, the rest by default)\n"
+    assert printed("check", recipe) == (
+        "r.yaml: ok (3 keys set, the rest by default); `finetune train` reads what it names\n"
+    )
     assert json.loads(printed("check", recipe, "--json"))["ok"] is True
     answer = json.loads(printed("check", recipe, "adapter.rr=1", "zzz=1", "--json", code=ExitCode.RECIPE))
     assert answer["ok"] is False

@@ -119,8 +119,8 @@ def test_overrides_lie_over_files_and_the_last_wins(write: Write) -> None:
         ("extends=x.yaml", "can stand only in a file"),
         ("adapter.target_modules=[a", "a bracket is not closed"),
         ("training.extra={a: !x 1}", "tags"),
-        ("adapter.r=ten", 'expected a whole number of at least 1, found the text "ten"'),
-        ("adapter.r.x=1", "adapter.r: expected a whole number of at least 1, found a mapping with x"),
+        ("adapter.r=ten", 'expected a whole number from 1 to 65,536, found the text "ten"'),
+        ("adapter.r.x=1", "adapter.r: expected a whole number from 1 to 65,536, found a mapping with x"),
         ("adapter=lora", "adapter: is a section"),
         ("adapter.r=" + "9" * 99, "a number of 99 digits"),
         ("output_dir=a\x07b", "U+0007"),
@@ -173,8 +173,8 @@ def test_problems_of_parents_name_the_parent(write: Write) -> None:
     write("base.yaml", MINIMAL + "adapter:\n  r: 0\n")
     text = message(write("r.yaml", "extends: base.yaml\ntraining:\n  seed: -1\n"))
     assert text.splitlines() == [
-        "r.yaml:3:9: training.seed: expected a whole number of at least 0, found -1",
-        "base.yaml:5:6: adapter.r: expected a whole number of at least 1, found 0",
+        "r.yaml:3:9: training.seed: expected a whole number from 0 to 4,294,967,295, found -1",
+        "base.yaml:5:6: adapter.r: expected a whole number from 1 to 65,536, found 0",
     ]
 
 

@@ -81,11 +81,11 @@ def test_ten_mistakes_and_more_are_told_in_one_run_in_the_order_of_the_file(tmp_
     [
         (
             "adapter: {r: '8'}",
-            'adapter.r: expected a whole number of at least 1, found the text "8"; write it without quotes',
+            'adapter.r: expected a whole number from 1 to 65,536, found the text "8"; write it without quotes',
         ),
         ("adapter: {r: 1_6}", 'found the text "1_6"; write 16'),
-        ("adapter: {r: true}", "adapter.r: expected a whole number of at least 1, found true"),
-        ("adapter: {r: 8.5}", "adapter.r: expected a whole number of at least 1, found 8.5"),
+        ("adapter: {r: true}", "adapter.r: expected a whole number from 1 to 65,536, found true"),
+        ("adapter: {r: 8.5}", "adapter.r: expected a whole number from 1 to 65,536, found 8.5"),
         ("adapter: {r: null}", "found nothing (null); leave the key out for its default, 16"),
         ("adapter: {r: [8]}", "found a list; write the value without brackets"),
         ("adapter: {r: {a: 1}}", "found a mapping with a"),
@@ -193,9 +193,9 @@ def test_every_key_says_what_it_does_and_what_it_accepts() -> None:
         assert len(key.help) >= 10, key.path
         assert key.help.endswith("."), key.path
         assert key.expected, key.path
-    assert known["adapter.r"].expected == "a whole number of at least 1"
+    assert known["adapter.r"].expected == "a whole number from 1 to 65,536"
     assert known["adapter.r"].default == 16
-    assert known["training.eval_steps"].expected == "a whole number of at least 1, or null"
+    assert known["training.eval_steps"].expected == "a whole number from 1 to 1,000,000,000, or null"
 
 
 VALID = {

@@ -90,7 +90,8 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         _print_json({"ok": True, "problems": [], "hash": loaded.hash(), "set_keys": list(loaded.set_keys())})
     else:
         count = len(loaded.set_keys())
-        typer.echo(f"{recipe}: ok ({count} {'key' if count == 1 else 'keys'} set, the rest by default)")
+        keys = "key" if count == 1 else "keys"
+        typer.echo(f"{recipe}: ok ({count} {keys} set, the rest by default); `finetune train` reads what it names")
 
 
 @app.command()

@@ -159,6 +159,10 @@ def _alternative(part: Any, metadata: list[Any]) -> tuple[str, str, list[str]]:
 
 
 def _bounds(metadata: list[Any]) -> str:
+    low = next((item.ge for item in metadata if isinstance(item, annotated_types.Ge)), None)
+    high = next((item.le for item in metadata if isinstance(item, annotated_types.Le)), None)
+    if low is not None and high is not None:
+        return f" from {low} to {high:,}"
     words = []
     for item in metadata:
         match item:

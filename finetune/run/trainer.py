@@ -223,6 +223,12 @@ class Trainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def last_validation_loss(self) -> float:
+        """The validation loss after the last step, measured unless it has just been."""
+        here = [entry for entry in self.state.log_history if entry.get("step") == self.state.global_step]
+        measured = [entry["eval_loss"] for entry in here if "eval_loss" in entry]
+        return float(measured[-1]) if measured else self.evaluate()["eval_loss"]
+
     # -- metrics -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
