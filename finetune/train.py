@@ -319,7 +319,7 @@ def _run(
         facts = _finish(loaded, checked, base, data, built, trainer, launched, time.monotonic() - started, say)
     except BaseException as error:
         shown = as_fault(error)
-        together = stopper.stopped or isinstance(shown, NonFiniteError)
+        together = isinstance(error, StoppedError | NonFiniteError)
         if launched.is_main:
             folder.write_exit(*code_and_reason(shown), trainer.state.global_step)
         if shown is error:

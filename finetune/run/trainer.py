@@ -55,7 +55,6 @@ class Trainer(SFTTrainer):
 
     Attributes:
         folder: the run's folder.
-        saved_seconds: wall time spent in writing checkpoints.
     """
 
     control: TrainerControl  # untyped upstream
@@ -74,7 +73,6 @@ class Trainer(SFTTrainer):
         self._leave_no_folder(before)
         self._refuse_unusable_settings()
         self.model_accepts_loss_kwargs = True  # count trained tokens for every model: the loss is ours, not the model's
-        self.saved_seconds = 0.0
         self._restore(adapter)
         self._refuse_spread_weights()
         self._loss = TrainedTokenLoss(self.model, sharded=self.is_sharded)
@@ -275,9 +273,7 @@ class Trainer(SFTTrainer):
                 if self.args.should_save:
                     shutil.rmtree(self._staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        seconds = time.monotonic() - started
-        self.saved_seconds += seconds
-        self._logged_at += seconds  # a save is not training time
+        self._logged_at += time.monotonic() - started  # a save is not training time
 
     def _commit(self, staged: Path, target: Path) -> None:
         for name in _NOT_KEPT:
