@@ -73,17 +73,20 @@ class Source(Section):
     """One place that rows come from."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A file (jsonl, json, parquet, csv; .gz allowed but for parquet), or a data set id of the Hugging Face hub."""
+    """A file (jsonl, json, txt, parquet, csv, arrow; text also .gz, .bz2, .xz or .zst), a folder or a glob of such
+    files, or a data set id of the Hugging Face hub."""
     format: str = "auto"
-    """`auto` (by content), `messages`, `sharegpt`, `alpaca`, `prompt_completion`, `text`, or module:attribute."""
+    """`auto` (by content), a name from finetune/formats, or package.module:attribute."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns that the file calls otherwise, as `instruction: question`: the format's name, then the file's."""
     split: str = "train"
     """Split of a hub data set; a local file has only `train`."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
+    """Branch, tag or commit of a hub data set; pin a commit for a run that can be repeated."""
     name: str | None = None
     """How this source is called in reports; the path by default."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often its rows are seen in an epoch: 2.0 is twice each, 0.5 a seeded half of them."""
+    """How much of it is seen; data.weight_by says in which unit."""
 
 
 class DataOptions(Section):
@@ -93,16 +96,59 @@ class DataOptions(Section):
     """A path, or a list of sources."""
     validation: tuple[Source, ...] = ()
     """Rows whose loss is measured during training: a path, or a list of sources."""
+    validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training rows held out for validation, from 0 to 1, chosen by a hash of their content."""
+    weight_by: Literal["epochs", "rows", "tokens"] = "epochs"
+    """What a source's weight means: how often its rows are seen in an epoch (2.0 is twice each, 0.5 a seeded half), or
+    its share of the epoch's `rows` or `tokens`."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """With weights by rows or tokens, when an epoch ends: once the first source is used up, or once all are, shorter
+    ones repeating."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Keep one of several training rows with the same content, or with nearly the same (MinHash over token shingles)."""
+    near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Estimated Jaccard similarity, from 0 to 1, from which two rows count as near-duplicates."""
+    on_leak: Literal["error", "drop", "warn"] = "error"
+    """What happens to validation rows that are training rows too: stop, leave them out of validation, or only say so."""
+    on_bad_row: Literal["error", "quarantine"] = "error"
+    """What happens to rows that cannot be used: stop and name them, or write them with their reasons to
+    quarantine.jsonl in the run folder and go on."""
     max_length: Count = 2048
     """Longest row in tokens."""
-    on_long_row: Literal["error", "truncate", "drop"] = "error"
-    """What happens to rows over max_length; whatever it is, they are counted and reported."""
+    on_long_row: Literal["error", "truncate", "drop", "split"] = "error"
+    """What happens to rows over max_length; whatever it is, they are counted and reported. `split` cuts plain text into
+    pieces, and chats between turns."""
     packing: bool = False
     """Put several short rows into one sequence of max_length tokens, each attending only to itself."""
-    loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
-    """Tokens trained in chats: every assistant turn with its end-of-turn token, only the last one, or all tokens."""
+    packing_strategy: Literal["bfd", "wrapped"] = "bfd"
+    """How rows are packed: `bfd` (best fit decreasing) splits none; `wrapped` cuts the stream of rows every max_length
+    tokens, for continued pre-training."""
+    loss_on: Literal["assistant", "last_assistant", "all"] | tuple[str, ...] = "assistant"
+    """Tokens trained in chats: every assistant turn with its end-of-turn token, only the last one, all tokens, or the
+    messages of a list of roles."""
+    loss_on_thinking: bool = True
+    """Whether the reasoning of trained turns (reasoning_content, or a leading <think> block) is trained."""
+    history: Literal["expand", "last", "as_rendered"] = "expand"
+    """Where the chat template rewrites earlier turns: `expand` makes a row per turn, as served; `last` trains the last
+    turn only; `as_rendered` trains every turn in the finished chat, which no server would send."""
     chat_template: str | None = None
     """A Jinja file to use instead of the tokenizer's own chat template."""
+    streaming: bool = False
+    """Prepare rows while training, for sources larger than the disk; needs training.max_steps."""
+    num_proc: Count | None = None
+    """Processes that prepare rows; by default as many as there are cores and the source is worth."""
+    cache_dir: str | None = None
+    """Where prepared rows are kept; by default finetune in the user's cache folder."""
+
+    _roles = field_validator("loss_on", mode="before")(_as_tuple)
+
+    @field_validator("loss_on")
+    @classmethod
+    def _known_roles(cls, value: Any) -> Any:
+        roles = ("system", "developer", "user", "assistant", "tool")
+        if isinstance(value, tuple) and (not value or any(role not in roles for role in value)):
+            raise ValueError(f"name at least one role, each one of {', '.join(roles)}")
+        return value
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -119,6 +165,23 @@ class DataOptions(Section):
         if not value:
             raise ValueError("name at least one source of training rows")
         return value
+
+
+class AuditOptions(Section):
+    """What the prepared rows must be like: training refuses rows beyond these bounds and names them."""
+
+    min_trained_share: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Least share of the tokens that is trained, from 0 to 1, in each source."""
+    min_stop_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Least share of the trained answers whose last trained token is a stop token; a row cut by max_length has none."""
+    max_truncated_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Most rows that on_long_row may cut, as a share from 0 to 1."""
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Most rows that may be left out (too long, quarantined, nothing trained), as a share from 0 to 1."""
+    max_duplicate_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Most rows that may be copies of an earlier one, as a share from 0 to 1."""
+    min_packing_density: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Least share of the packed sequences' room that holds tokens, from 0 to 1."""
 
 
 class TrainingOptions(Section):
@@ -227,6 +290,7 @@ class Recipe(Section):
     model: ModelOptions
     adapter: AdapterOptions = Field(default_factory=AdapterOptions)
     data: DataOptions
+    audit: AuditOptions = Field(default_factory=AuditOptions)
     training: TrainingOptions = Field(default_factory=TrainingOptions)
     launch: LaunchOptions = Field(default_factory=LaunchOptions)
     evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions)
