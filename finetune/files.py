@@ -33,48 +33,48 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of a write into a DiskError that names the place and the remedy."""
+def disk_errors(path: Path, setting: str = "output_dir") -> Iterator[None]:
+    """Turn an OSError of a write into a DiskError that names the place, and the setting that would choose another."""
     try:
         yield
     except FinetuneError:
         raise  # explained already
     except OSError as error:
-        if explained := _explained(path, error.errno):
+        if explained := _explained(path, error.errno, setting):
             raise explained from error
         raise
     except Exception as error:
         # safetensors and torch report a failed write in exceptions of their own, without an errno.
         told = re.search(r"\(os error (\d+)\)", str(error))
-        if told and (explained := _explained(path, int(told[1]))):
+        if told and (explained := _explained(path, int(told[1]), setting)):
             raise explained from error
         stream_broke = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
         nearly_full = stream_broke and shutil.disk_usage(existing_parent(path)).free < _NEARLY_FULL
         if nearly_full or "No space left" in str(error):
-            raise _no_space(path) from error
+            raise _no_space(path, setting) from error
         raise
 
 
-def _explained(path: Path, number: int | None) -> DiskError | None:
+def _explained(path: Path, number: int | None, setting: str) -> DiskError | None:
     """What the user can do about a failed write; None where the fault is not of the user's making."""
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space(path)
+        return _no_space(path, setting)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return DiskError(f"{path}: cannot write here ({os.strerror(number)}); choose another output_dir")
+        return DiskError(f"{path}: cannot write here ({os.strerror(number)}); choose another {setting}")
     if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return DiskError(f"{path}: a file stands where a folder is needed, or the reverse; choose another output_dir")
+        return DiskError(f"{path}: a file stands where a folder is needed, or the reverse; choose another {setting}")
     if number == errno.ENAMETOOLONG:
-        return DiskError(f"{path}: the name is too long for this disk; choose a shorter output_dir")
+        return DiskError(f"{path}: the name is too long for this disk; choose a shorter {setting}")
     if number == errno.EIO:
         return DiskError(f"{path}: the disk reported an I/O error; check the disk")
     return None
 
 
-def _no_space(path: Path) -> DiskError:
+def _no_space(path: Path, setting: str) -> DiskError:
     free = shutil.disk_usage(existing_parent(path)).free
     return DiskError(
         f"{path}: no space left on the disk ({free / 2**20:.0f} MiB free); free some space or choose another "
-        "output_dir, then run the same command again"
+        f"{setting}, then run the same command again"
     )
 
 
@@ -142,6 +142,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sha256_text(text: str) -> str:
+    """Hex SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def tree_hashes(folder: Path) -> dict[str, dict[str, Any]]:
     """Size in bytes and SHA-256 of every file below `folder` but its own manifest, by relative path."""
     return {name: _facts(path) for name, path in _files(folder).items()}
@@ -176,19 +181,20 @@ def manifest_faults(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, manifest: dict[str, Any] | None = None) -> Iterator[Path]:
+def staged_folder(target: Path, manifest: dict[str, Any] | None = None, setting: str = "output_dir") -> Iterator[Path]:
     """A temporary folder that becomes `target` whole, or not at all.
 
     Args:
         target: the folder to make. It must not exist when the block ends.
         manifest: when given, a manifest.json with these facts and every file's size and hash is added.
+        setting: the recipe's key that chooses the place, for the message when a write fails.
 
     Raises:
         DiskError: a write failed; nothing is left behind.
         RefusedError: `target` exists.
     """
     _refuse_existing(target)
-    with disk_errors(target):
+    with disk_errors(target, setting):
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
         try:
@@ -211,13 +217,28 @@ def _refuse_existing(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path` (made if absent); it is released when the process ends, however it ends."""
-    with disk_errors(path):
+def locked(path: Path, shared: bool = False, wait: bool = True, setting: str = "output_dir") -> Iterator[bool]:
+    """Hold a lock on `path` (made if absent); it is released when the process ends, however it ends.
+
+    Args:
+        path: the file that stands for what is locked.
+        shared: several may hold it at once, but none exclusively meanwhile.
+        wait: whether to wait for others; if not, the block must ask whether it got the lock.
+        setting: the recipe's key that chooses the place, for the message when the file cannot be made.
+
+    Yields:
+        Whether the lock is held; always True with `wait`.
+    """
+    with disk_errors(path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = open(path, "a+")  # noqa: SIM115 - held for the block, closed below
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        else:
+            held = True
+        yield held
     finally:
         stream.close()
