@@ -248,7 +248,7 @@ def _sketches(rows: Rows, examples: _Examples, numbers: np.ndarray, common: _Com
     """A MinHash of all shingles of each example: one object, valid until the next."""
     from datasketch import MinHash
 
-    empty = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
+    sketch = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
     for number in numbers.tolist():
         sketch.clear()  # makes new values; those of earlier examples stay as they are
         for i in examples.rows(number).tolist():
