@@ -6,7 +6,7 @@ error of at most 0.045, and locality-sensitive hashing proposes the pairs to com
 threshold and nearly all above it. It needs about 8 kB of memory for each example kept; exact copies need 40 bytes.
 
 What many rows begin with (the template's first marks, a system prompt) is left out of the comparison, or short chats
-under one long system prompt would all be near copies.
+under one long system prompt would all be near copies. Rows that differ only after it are compared by the rest alone.
 """
 
 from __future__ import annotations

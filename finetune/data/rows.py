@@ -232,21 +232,18 @@ class RowsWriter:
         totals = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(block.marks(), dtype=np.int64)])
         ends = _ends(block.lengths)
         counts = (totals[ends] - totals[ends - block.lengths]).astype(np.int32)
-        digests = pa.py_buffer(np.ascontiguousarray(block.digest, dtype="<u8"))
-        batch = pa.record_batch(
-            [
-                pa.ListArray.from_arrays(_offsets(block.lengths), pa.array(block.ids), type=SCHEMA.field("ids").type),
-                pa.ListArray.from_arrays(
-                    _offsets(2 * block.ranges), pa.array(block.trained), type=SCHEMA.field("trained").type
-                ),
-                pa.array(block.row),
-                pa.array(block.turn),
-                pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(block), [None, digests]),
-                pa.array(block.cut),
-                pa.array(counts),
-            ],
-            schema=SCHEMA,
-        )
+        arrays = [
+            _lists(_offsets(block.lengths), block.ids),
+            _lists(_offsets(2 * block.ranges), block.trained),
+            _array(pa.int64(), block.row),
+            _array(pa.int32(), block.turn),
+            _array(pa.binary(16), block.digest),
+            pa.Array.from_buffers(
+                pa.bool_(), len(block), [None, pa.py_buffer(np.packbits(block.cut, bitorder="little"))]
+            ),
+            _array(pa.int32(), counts),
+        ]
+        batch = pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
         with disk_errors(self._folder / ROWS, SETTING):
             self._writer.write_batch(batch)
         self._fingerprint.add(block)
@@ -255,20 +252,42 @@ class RowsWriter:
         self._trained += int(totals[-1])
 
 
+# Buffers are handed to and taken from Arrow as they are: pa.array and to_numpy would import pandas, 0.5 s and 60 MB.
+
+
+def _array(kind: pa.DataType, values: np.ndarray) -> pa.Array:
+    """An Arrow array over the memory of numpy values, one entry for each of the first axis."""
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
+
+
+def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
+    """Lists of int32: list i is values[offsets[i] : offsets[i + 1]]."""
+    kind = SCHEMA.field("ids").type
+    child = _array(pa.int32(), values)
+    return pa.Array.from_buffers(kind, len(offsets) - 1, [None, pa.py_buffer(offsets)], children=[child])
+
+
+def _values(array: pa.Array, dtype: Any, entries: int) -> np.ndarray:
+    """The first so many values of an array's last buffer, as a view."""
+    buffer = array.buffers()[-1]
+    return np.frombuffer(buffer, dtype, entries) if entries else np.empty(0, dtype)
+
+
 class _Batch:
     """Views of one record batch; nothing is copied but `cut`, which Arrow keeps as bits."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
+        n = batch.num_rows
         ids, trained = batch.column("ids"), batch.column("trained")
-        self.ids: np.ndarray = ids.values.to_numpy()
-        self.starts: np.ndarray = ids.offsets.to_numpy()
-        self.trained: np.ndarray = trained.values.to_numpy()
-        self.edges: np.ndarray = trained.offsets.to_numpy()
-        self.row: np.ndarray = batch.column("row").to_numpy()
-        self.turn: np.ndarray = batch.column("turn").to_numpy()
-        self.trained_counts: np.ndarray = batch.column("trained_count").to_numpy()
-        self.digest = np.frombuffer(batch.column("digest").buffers()[1], "<u8", 2 * len(self.row)).reshape(-1, 2)
-        self._cut = batch.column("cut")
+        self.ids = _values(ids.values, np.int32, len(ids.values))
+        self.starts = np.frombuffer(ids.buffers()[1], np.int32, n + 1)
+        self.trained = _values(trained.values, np.int32, len(trained.values))
+        self.edges = np.frombuffer(trained.buffers()[1], np.int32, n + 1)
+        self.row = _values(batch.column("row"), np.int64, n)
+        self.turn = _values(batch.column("turn"), np.int32, n)
+        self.trained_counts = _values(batch.column("trained_count"), np.int32, n)
+        self.digest = _values(batch.column("digest"), np.uint64, 2 * n).reshape(n, 2)
+        self._cut = _values(batch.column("cut"), np.uint8, (n + 7) // 8)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -276,14 +295,18 @@ class _Batch:
 
     @property
     def cut(self) -> np.ndarray:
-        found: np.ndarray = self._cut.to_numpy(zero_copy_only=False)
-        return found
+        return np.unpackbits(self._cut, count=len(self.row), bitorder="little").view(np.bool_)
 
     def block(self) -> Block:
         return Block(
             ids=self.ids, lengths=self.lengths, trained=self.trained, ranges=np.diff(self.edges) // 2, row=self.row,
             turn=self.turn, digest=self.digest, cut=self.cut,
         )  # fmt: skip
+
+
+def _opened(batch: pa.RecordBatch) -> _Batch:
+    batch.validate()  # sizes against sizes: a damaged file must not be read beyond its end
+    return _Batch(batch)
 
 
 class SourceRows:
@@ -309,8 +332,10 @@ class SourceRows:
                 raise _damaged(folder, f"{ROWS} has {size:,} bytes, {self.facts['bytes']:,} were written")
             # The map outlives the reader: every view of a row keeps it.
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._batches = [_Batch(reader.get_batch(number)) for number in range(reader.num_record_batches)]
-        except (OSError, pa.ArrowException, KeyError) as error:
+            if not reader.schema.equals(SCHEMA):
+                raise _damaged(folder, f"{ROWS} has other columns than were written")
+            self._batches = [_opened(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(folder, f"{ROWS} cannot be read ({error})") from error
         self._first = [0, *np.cumsum([len(batch.row) for batch in self._batches], dtype=np.int64).tolist()]
         if self._first[-1] != self.facts["rows"]:
