@@ -9,6 +9,8 @@ the adapter, build the trainer, train, save and prove what was saved. Until the 
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import shlex
 import sys
@@ -27,6 +29,7 @@ from finetune.errors import (
     RefusedError,
     StoppedError,
 )
+from finetune.lean import hide, uncollected
 from finetune.recipe.load import load_recipe
 from finetune.recipe.loaded import LoadedRecipe
 from finetune.recipe.shipped import configs_folder
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
 # when the trackers start, and the recipe is refused when it sets other keys of it without naming a tracker.
 READ_HERE = ("model", "adapter", "data", "training", "launch", "output_dir")
 
+# What every run imports sooner or later, and with it nearly all of torch, transformers, PEFT and TRL.
+STACK = ("finetune.data.feed", "finetune.model.build", "finetune.run.arguments", "finetune.run.trainer")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The door that launchers use, `python -m finetune.train RECIPE [KEY=VALUE]...`; returns the exit code."""
@@ -58,7 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command_line(["train", *(sys.argv[1:] if argv is None else argv)])
 
 
-def run(recipe_path: str, overrides: list[str], *, overwrite: bool = False, as_json: bool = False) -> dict[str, Any]:
+def run(
+    recipe_path: str,
+    overrides: list[str],
+    *,
+    overwrite: bool = False,
+    as_json: bool = False,
+    own_process: bool = False,
+) -> dict[str, Any]:
     """Train as a recipe says, in this process or in those it starts.
 
     Args:
@@ -66,6 +79,7 @@ def run(recipe_path: str, overrides: list[str], *, overwrite: bool = False, as_j
         overrides: `section.key=value` each.
         overwrite: replace what an earlier run left in output_dir.
         as_json: the caller prints the returned facts, so no closing lines are drawn.
+        own_process: this process does nothing else, so that packages that the run does not use may be hidden from it.
 
     Returns:
         `run`, `product`, `adapter`, `steps`, `final_loss`, `tokens_per_second`, `seconds`, `proof`, and with validation
@@ -79,9 +93,11 @@ def run(recipe_path: str, overrides: list[str], *, overwrite: bool = False, as_j
     loaded = load_recipe(recipe_path, overrides)
     with told_to_launcher():
         checked = check(loaded, overwrite)
+        if own_process:
+            _hide_unused(loaded, checked)
         facts = _launch(loaded, overwrite) if "WORLD_SIZE" not in os.environ else None
         if facts is None:
-            facts = _train(loaded, checked)
+            facts = _train(loaded, checked, own_process)
         if facts and not as_json and not is_launched():
             _say_done(facts)
     return facts
@@ -137,9 +153,18 @@ def _needed(loaded: LoadedRecipe) -> tuple[Path, ...]:
     return (*loaded.files, *found, Path.cwd())
 
 
+def _hide_unused(loaded: LoadedRecipe, checked: Checked) -> None:
+    """Keep the stack from importing optional packages that this run does not use."""
+    from finetune.run.needs import needed
+
+    model, data, training = loaded.recipe.model, loaded.recipe.data, loaded.recipe.training
+    hide(unless=needed(model.model_dump(), data.model_dump(), training.model_dump(), checked.base.config))
+
+
 def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
     """Start the launcher when there are several processes, and say how the run ended; None for one process."""
-    from finetune.plan.hardware import detect
+    with uncollected():
+        from finetune.plan.hardware import detect
     from finetune.run.folder import RunFolder, read_json
     from finetune.run.launch import follow, plan_launch
 
@@ -161,13 +186,24 @@ def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
     raise HardwareError(f"the launcher ended with {code}, and no process said why; its messages stand above")
 
 
-def _train(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any]:
-    """One process of the run, from the data to the saved adapter."""
-    from finetune.plan.hardware import compute_dtype, detect
-    from finetune.run.say import Say, quieten
+def _import_stack(own_process: bool) -> None:
+    """Import STACK at once, without the collector; in a process of our own it need never look at all that again."""
+    with uncollected():
+        for name in STACK:
+            importlib.import_module(name)
+    if own_process:
+        gc.freeze()
 
-    hardware = detect(loaded.recipe.launch.device)
-    quieten(hardware.device)  # before peft is imported, whose import asks bitsandbytes for kernels
+
+def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[str, Any]:
+    """One process of the run, from the data to the saved adapter."""
+    with uncollected():
+        from finetune.plan.hardware import compute_dtype, detect
+        from finetune.run.say import Say, quieten
+
+        hardware = detect(loaded.recipe.launch.device)
+        quieten(hardware.device)  # before peft is imported, whose import asks bitsandbytes for kernels
+    _import_stack(own_process)
 
     from transformers import set_seed
 

@@ -74,7 +74,8 @@ def train(
     """Adapt a base model as a recipe says. The same command continues a run that was stopped."""
     from finetune import train as story
 
-    _answer(story.run(recipe, overrides or [], overwrite=overwrite, as_json=as_json), as_json)
+    facts = story.run(recipe, overrides or [], overwrite=overwrite, as_json=as_json, own_process=True)
+    _answer(facts, as_json)
 
 
 @app.command()
