@@ -8,9 +8,9 @@ with all of them present that is a third of the processor time from the command 
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 
 # Imported unasked by the libraries named in brackets, where installed.
 TRACKERS = ("comet_ml", "mlflow", "tensorboard", "trackio", "wandb", "weave")  # TRL, Accelerate
@@ -37,13 +37,17 @@ def hide(unless: Collection[str]) -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Pause the garbage collector: it looks for cycles among a million new objects, and imports leave none to free."""
-    was_enabled = gc.isenabled()
+def pause_collector() -> None:
+    """Stop looking for cycles: among the million objects that imports make there are none to free."""
     gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+
+
+def import_all(modules: Iterable[str]) -> None:
+    """Import modules, and let the collector run again, but never look at what was there before.
+
+    Only for a process of one command: cycles that exist now are not freed before it ends.
+    """
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()  # before it runs again, or else its first round would look at everything
+    gc.enable()

@@ -9,8 +9,6 @@ the adapter, build the trainer, train, save and prove what was saved. Until the 
 
 from __future__ import annotations
 
-import gc
-import importlib
 import os
 import shlex
 import sys
@@ -29,7 +27,7 @@ from finetune.errors import (
     RefusedError,
     StoppedError,
 )
-from finetune.lean import hide, uncollected
+from finetune.lean import hide, import_all, pause_collector
 from finetune.recipe.load import load_recipe
 from finetune.recipe.loaded import LoadedRecipe
 from finetune.recipe.shipped import configs_folder
@@ -79,7 +77,7 @@ def run(
         overrides: `section.key=value` each.
         overwrite: replace what an earlier run left in output_dir.
         as_json: the caller prints the returned facts, so no closing lines are drawn.
-        own_process: this process does nothing else, so that packages that the run does not use may be hidden from it.
+        own_process: this process does nothing else, so that it may be set up for a quick start (finetune/lean.py).
 
     Returns:
         `run`, `product`, `adapter`, `steps`, `final_loss`, `tokens_per_second`, `seconds`, `proof`, and with validation
@@ -94,7 +92,7 @@ def run(
     with told_to_launcher():
         checked = check(loaded, overwrite)
         if own_process:
-            _hide_unused(loaded, checked)
+            _start_lean(loaded, checked)
         facts = _launch(loaded, overwrite) if "WORLD_SIZE" not in os.environ else None
         if facts is None:
             facts = _train(loaded, checked, own_process)
@@ -153,18 +151,18 @@ def _needed(loaded: LoadedRecipe) -> tuple[Path, ...]:
     return (*loaded.files, *found, Path.cwd())
 
 
-def _hide_unused(loaded: LoadedRecipe, checked: Checked) -> None:
-    """Keep the stack from importing optional packages that this run does not use."""
+def _start_lean(loaded: LoadedRecipe, checked: Checked) -> None:
+    """Have the stack import no optional package that this run does not use, and the collector wait meanwhile."""
     from finetune.run.needs import needed
 
+    pause_collector()
     model, data, training = loaded.recipe.model, loaded.recipe.data, loaded.recipe.training
     hide(unless=needed(model.model_dump(), data.model_dump(), training.model_dump(), checked.base.config))
 
 
 def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
     """Start the launcher when there are several processes, and say how the run ended; None for one process."""
-    with uncollected():
-        from finetune.plan.hardware import detect
+    from finetune.plan.hardware import detect
     from finetune.run.folder import RunFolder, read_json
     from finetune.run.launch import follow, plan_launch
 
@@ -186,24 +184,15 @@ def _launch(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any] | None:
     raise HardwareError(f"the launcher ended with {code}, and no process said why; its messages stand above")
 
 
-def _import_stack(own_process: bool) -> None:
-    """Import STACK at once, without the collector; in a process of our own it need never look at all that again."""
-    with uncollected():
-        for name in STACK:
-            importlib.import_module(name)
-    if own_process:
-        gc.freeze()
-
-
 def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[str, Any]:
     """One process of the run, from the data to the saved adapter."""
-    with uncollected():
-        from finetune.plan.hardware import compute_dtype, detect
-        from finetune.run.say import Say, quieten
+    from finetune.plan.hardware import compute_dtype, detect
+    from finetune.run.say import Say, quieten
 
-        hardware = detect(loaded.recipe.launch.device)
-        quieten(hardware.device)  # before peft is imported, whose import asks bitsandbytes for kernels
-    _import_stack(own_process)
+    hardware = detect(loaded.recipe.launch.device)
+    quieten(hardware.device)  # before peft is imported, whose import asks bitsandbytes for kernels
+    if own_process:
+        import_all(STACK)
 
     from transformers import set_seed
 
@@ -477,6 +466,7 @@ def _save(
     from finetune.exports import adapter as adapter_export
     from finetune.exports import weights as weights_export
     from finetune.run.card import trained_card
+    from finetune.run.folder import read_json
     from finetune.run.record import base_hashes
 
     recipe, folder = loaded.recipe, checked.folder
@@ -494,8 +484,9 @@ def _save(
         "compute_dtype": "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32",
         "modules": list(built.quantized),
     }
+    hashes = read_json(folder.record).get("base", {}).get("sha256")  # taken when the run began
     facts = {
-        "base": {"name": recipe.model.name_or_path, "sha256": base_hashes(base.weights, base.folder)},
+        "base": {"name": recipe.model.name_or_path, "sha256": hashes or base_hashes(base.weights, base.folder)},
         "quantization": quantization if built.quantized else None,
     }
     with_tokenizer = tokenizer if recipe.data.chat_template else None
