@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -16,10 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.examples import check_sources, detect, examples, refuse
-from finetune.data.json_rows import document, lines
+from finetune.data.examples import check_sources, examples, refuse
+from finetune.data.json_document import document
+from finetune.data.json_rows import lines
 from finetune.data.read import Row, read
-from finetune.data.source import HubDataset, LocalFile, locate
+from finetune.data.source import HubDataset, LocalFile, LocalFiles, locate
 from finetune.errors import DataError, FinetuneError
 from finetune.formats.example import Fault, Text
 from finetune.recipe.sections import DataOptions, Source
@@ -73,7 +75,8 @@ TEXTS = [{"text": "one"}, {"text": "two, with a comma"}, {"text": "three\nlines"
 def test_same_rows_from_every_kind_of_file(name: str, content: str, packed: bool) -> None:
     source = write(name + ".gz", gzip.compress(content.encode())) if packed else write(name, content)
     assert [row.values for row in rows(source)] == TEXTS
-    assert [row.index for row in rows(source)] == [0, 1, 2]
+    indexes = [row.index for row in rows(source)]
+    assert indexes == ([0, 2, 4] if "\r\n\r\n" in content else [0, 1, 2])
 
 
 def test_parquet_rows_have_no_columns_that_only_other_rows_have() -> None:
@@ -223,25 +226,15 @@ def test_hub_data_set_that_cannot_be_had_is_our_error_not_a_traceback() -> None:
         list(read(Source(path="owner/name")))
 
 
-def test_folder_lists_the_files_it_holds() -> None:
-    Path("folder").mkdir()
-    write("folder/a.jsonl", "")
-    told = found(Source(path="folder"))
-    assert told == [
-        "folder: found a folder with 1 data file; expected a file (jsonl, ndjson, json, csv (each also .gz) or parquet)"
-        "; name one, or list several as sources: folder/a.jsonl"
-    ]
-
-
 def test_unknown_suffix_and_split_of_a_file_are_refused() -> None:
-    assert "a.txt: found a file with the suffix '.txt'" in found(write("a.txt", "x"))[0]
+    assert "a.doc: found a file with the suffix '.doc'" in found(write("a.doc", "x"))[0]
     write("a.jsonl", json_lines(GOOD))
     assert "split: found split 'test' of a local file" in found(Source(path="a.jsonl", split="test"))[0]
 
 
 def test_upper_case_suffix_is_known() -> None:
     write("A.JSONL", json_lines(GOOD))
-    assert locate(Source(path="A.JSONL")) == LocalFile(Path("A.JSONL"), "jsonl", False)
+    assert locate(Source(path="A.JSONL")) == LocalFiles((LocalFile(Path("A.JSONL"), "jsonl", "", "A.JSONL"),))
 
 
 def test_unreadable_file_is_told(tmp_path: Path) -> None:
@@ -288,10 +281,45 @@ def test_two_formats_at_once_ask_for_one() -> None:
     ] == [Text]
 
 
-def test_preference_rows_are_told_how_to_become_supervised_ones() -> None:
-    told = detect([Row({"prompt": "a", "chosen": "b", "rejected": "c"}, 0, "a:1")], "a")
-    assert isinstance(told, Fault)
-    assert "preference rows" in told.fix
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "a.jsonl: found rows of the kind preference; expected messages or prompt_completion or text; these are "
+            "preference rows: to imitate the chosen answers, set the source's columns to {completion: chosen}, or to "
+            "{messages: chosen} where they are whole chats",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": 1},
+            "a.jsonl: found rows of the kind unpaired; expected messages or prompt_completion or text; to imitate every "
+            "completion whatever its label, set the source's format to prompt_completion",
+        ),
+        (
+            {"prompt": "a", "answer": "b"},
+            "a.jsonl: found rows of the kind prompt; expected messages or prompt_completion or text; if another column "
+            "holds the answer, set the source's columns, as {completion: answer}",
+        ),
+    ],
+)
+def test_rows_of_another_kind_are_told_how_to_become_supervised_ones(row: dict[str, Any], expected: str) -> None:
+    write("a.jsonl", json_lines(row))
+    needs = ("messages", "prompt_completion", "text")
+    assert [str(fault) for fault in check_sources(DataOptions(train=(Source(path="a.jsonl"),)), needs)] == [expected]
+
+
+def test_the_advice_for_rows_of_another_kind_works() -> None:
+    advised = [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"columns": {"completion": "chosen"}}),
+        ({"chosen": GOOD["messages"], "rejected": GOOD["messages"]}, {"columns": {"messages": "chosen"}}),
+        ({"prompt": "a", "completion": "b", "label": 1}, {"format": "prompt_completion"}),
+        ({"prompt": "a", "answer": "b"}, {"columns": {"completion": "answer"}}),
+        ({"question": "a", "answer": "b"}, {"columns": {"prompt": "question", "completion": "answer"}}),
+    ]
+    for row, advice in advised:
+        write("a.jsonl", json_lines(row))
+        options = DataOptions(train=({"path": "a.jsonl", **advice},))
+        assert check_sources(options, ("messages", "prompt_completion", "text")) == []
 
 
 def test_checking_imports_neither_torch_nor_transformers() -> None:
@@ -315,12 +343,12 @@ objects = st.lists(st.dictionaries(st.text(max_size=3), values, min_size=1, max_
 def test_json_survives_in_any_layout(written: list[dict[str, Any]], ascii_only: bool, indent: int | None) -> None:
     text = json.dumps(written, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
     each = [json.dumps(value).encode() for value in written]
-    assert [row for _, row in document(text, "a.json")] == written
-    assert [row for _, row in lines(iter(each), "a.jsonl")] == written
+    assert [row for *_, row in document(lambda: io.BytesIO(text), "a.json")] == written
+    assert [row for *_, row in lines(iter(each), "a.jsonl")] == written
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_make_the_readers_fail(content: bytes) -> None:
-    for place, item in [*document(content, "a"), *lines(content.split(b"\n"), "a")]:
+    for _, place, item in [*document(lambda: io.BytesIO(content), "a"), *lines(content.split(b"\n"), "a")]:
         assert place.startswith("a:")
         assert isinstance(item, dict | Fault)

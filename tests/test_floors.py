@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "finetune"
 
 FLOORS = {
-    "errors": 0, "registry": 0, "files": 0, "clash": 0, "privacy": 0, "compat": 0, "lean": 0,
+    "errors": 0, "registry": 0, "files": 0, "clash": 0, "privacy": 0, "compat": 0, "lean": 0, "strict_json": 0,
     "recipe": 1, "families": 1, "formats": 1,
     "data": 2, "model": 2, "run": 2, "plan": 2,
     "methods": 3, "exports": 3, "scorers": 3,

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.base import BASES
 from finetune.data.examples import check_sources
-from finetune.data.source import LocalFile, locate
+from finetune.data.source import LocalFiles, locate
 from finetune.model.folder import find
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import recipe_schema
@@ -55,7 +55,7 @@ def test_a_recipe_names_data_that_is_there_and_can_be_read(path: Path, monkeypat
     sources: tuple[Source, ...] = (*recipe.data.train, *recipe.data.validation, *recipe.evaluate.data)
     assert sources
     for source in sources:
-        assert isinstance(locate(source), LocalFile), source.path
+        assert isinstance(locate(source), LocalFiles), source.path
     assert not check_sources(DataOptions(train=sources))
     held_out = {source.path for source in recipe.evaluate.data}
     assert not held_out & {source.path for source in recipe.data.train}

@@ -7,30 +7,33 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
-from finetune.data.read import Row, read
+from finetune.data.read import Piece, Row, read, read_piece
 from finetune.data.source import HubDataset, locate
 from finetune.errors import DataError
 from finetune.formats import FORMATS
-from finetune.formats.example import (
-    Conversation,
-    Example,
-    Fault,
-    Format,
-    Gives,
-    PromptCompletion,
-    RowError,
-    Text,
-)
+from finetune.formats.example import KINDS, Example, Fault, Format, Gives, RowError
 from finetune.recipe.sections import DataOptions, Source
 from finetune.registry import nearest, resolve
 
-_KINDS: dict[type, Gives] = {Conversation: "messages", PromptCompletion: "prompt_completion", Text: "text"}
+# What circulating files call the columns of prompt_completion.
+ELSEWHERE = {
+    **dict.fromkeys(("question", "query", "problem", "user", "input", "inputs", "source"), "prompt"),
+    **dict.fromkeys(("response", "answer", "solution", "assistant", "output", "target", "targets"), "completion"),
+}
+# How rows of another kind could be learnt by a method that imitates answers.
+OTHERWISE = {
+    "preference": "these are preference rows: to imitate the chosen answers, set the source's columns to "
+    "{completion: chosen}, or to {messages: chosen} where they are whole chats",
+    "unpaired": "to imitate every completion whatever its label, set the source's format to prompt_completion",
+    "prompt": "if another column holds the answer, set the source's columns, as {completion: answer}",
+}
 SAMPLE = 100
 SHOWN = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Located:
     """An example and where it came from.
 
@@ -45,39 +48,110 @@ class Located:
     place: str
 
 
-def examples(source: Source) -> Iterator[Located | Fault]:
+def examples(source: Source, streaming: bool = False) -> Iterator[Located | Fault]:
     """Read `source` and convert its rows; a bad row yields its faults.
+
+    Args:
+        source: where the rows are.
+        streaming: whether a hub data set is fetched row by row.
 
     Raises:
         RecipeError: the format is unknown.
         EnvironmentFault, DataError: a hub data set cannot be had.
     """
-    rows = read(source)
-    named = None if source.format == "auto" else resolve("format", source.format, FORMATS)
-    sample: list[Row | Fault] = []
-    good: list[Row] = []
-    for row in rows:
-        sample.append(row)
-        if isinstance(row, Row):
-            good.append(row)
-        if named or len(good) == SAMPLE:
-            break
-    layout = named or detect(good, source.path)
+    rows = read(source, streaming)
+    sample = _sample(rows)
+    found = _layout(sample, rows, source)
     for row in chain(sample, rows):
         if isinstance(row, Fault):
             yield row
-        elif isinstance(layout, Format):
-            yield from _convert(row, layout)
-    if isinstance(layout, Fault) and good:
-        yield layout
+        elif isinstance(found, Format):
+            yield from _convert(row, found, source)
+    if isinstance(found, Fault) and any(isinstance(row, Row) for row in sample):
+        yield found
 
 
-def _convert(row: Row, layout: Format) -> Iterator[Located | Fault]:
+def layout_of(source: Source, streaming: bool = False) -> Format | Fault:
+    """The format of a source's rows, from its first hundred; a fault when it cannot be told or a column is missing.
+
+    Raises:
+        RecipeError: the format is unknown.
+        EnvironmentFault, DataError: a hub data set cannot be had.
+    """
+    rows = read(source, streaming)
+    return _layout(_sample(rows), rows, source)
+
+
+def piece_examples(piece: Piece, source: Source, layout: Format) -> Iterator[Located | Fault]:
+    """The examples of one piece of `source` and the faults of its bad rows.
+
+    Args:
+        piece: one of `read.pieces(source)`.
+        source: what it is part of.
+        layout: what `layout_of(source)` gave.
+    """
+    for row in read_piece(piece):
+        if isinstance(row, Fault):
+            yield row
+        else:
+            yield from _convert(row, layout, source)
+
+
+def _sample(rows: Iterator[Row | Fault]) -> list[Row | Fault]:
+    """The beginning of `rows`, with SAMPLE rows that could be read, or fewer at the end."""
+    sample: list[Row | Fault] = []
+    good = 0
+    for row in rows:
+        sample.append(row)
+        good += isinstance(row, Row)
+        if good == SAMPLE:
+            break
+    return sample
+
+
+def _layout(sample: list[Row | Fault], rest: Iterator[Row | Fault], source: Source) -> Format | Fault:
+    """The format of rows that begin with `sample`; `rest` is read on into it only while a renamed column is missing."""
+    good = [row for row in sample if isinstance(row, Row)]
+    missing = {wanted for wanted in source.columns.values() if not any(wanted in row.values for row in good)}
+    while missing and good and (row := next(rest, None)) is not None:
+        sample.append(row)
+        if isinstance(row, Row):
+            missing -= row.values.keys()
+    if missing and good:
+        columns = list(dict.fromkeys(column for row in good for column in row.values))
+        wanted = next(name for name in source.columns.values() if name in missing)
+        near = nearest(wanted, columns)
+        fix = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the columns are {', '.join(columns)}"
+        return Fault("columns", f"no column {wanted!r} in any row", "a column of the file", fix, source.path)
+    if source.format != "auto":
+        named: Format = resolve("format", source.format, FORMATS)
+        return named
+    return detect([dataclasses.replace(row, values=_renamed(row.values, source)) for row in good], source.path)
+
+
+def _renamed(values: dict[str, Any], source: Source) -> dict[str, Any]:
+    """A row under the format's column names; a column that already bears such a name gives way to the one named."""
+    columns = source.columns
+    if not columns:
+        return values
+    moved = {name: values[column] for name, column in columns.items() if column in values}
+    taken = {*moved, *columns.values()}
+    return {**{name: value for name, value in values.items() if name not in taken}, **moved}
+
+
+def _convert(row: Row, layout: Format, source: Source) -> Iterator[Located | Fault]:
     try:
-        yield Located(layout.to_example(row.values), row.index, row.place)
+        yield Located(layout.to_example(_renamed(row.values, source)), row.index, row.place)
     except RowError as error:
         for fault in error.faults:
-            yield dataclasses.replace(fault, place=row.place)
+            field = _as_in_file(fault.field, source)
+            yield dataclasses.replace(fault, field=field, place=row.place, index=row.index, raw=row.values)
+
+
+def _as_in_file(field: str, source: Source) -> str:
+    """A field under the name that the file gives its column."""
+    head = field.split(".")[0].split("[")[0]
+    return source.columns[head] + field[len(head) :] if head in source.columns else field
 
 
 def detect(rows: Sequence[Row], name: str) -> Format | Fault:
@@ -98,14 +172,21 @@ def detect(rows: Sequence[Row], name: str) -> Format | Fault:
         names = [layout.name for layout in best]
         return Fault("", found, "one format", f"they fit {' and '.join(names)}: set format to one of them", name)
     known = "; ".join(f"{layout.name}: {', '.join(layout.columns)}" for layout in formats)
-    if "chosen" in columns and "rejected" in columns:
-        fix = "these are preference rows: to imitate the chosen answers, rename prompt and chosen to prompt, completion"
-    else:
-        wanted = [column for layout in formats for column in layout.columns]
-        near = {column: match[0] for column in columns if (match := nearest(column, wanted, 1))}
-        pairs = " and ".join(f"{match!r} for {column!r}" for column, match in near.items() if match != column)
-        fix = f"did you mean {pairs}?" if pairs else "rename the columns, or write a format as package.module:attribute"
-    return Fault("", found, f"those of a known format ({known})", fix, name)
+    return Fault("", found, f"those of a known format ({known})", _hint(columns, formats), name)
+
+
+def _hint(columns: list[str], formats: Sequence[Format]) -> str:
+    """What to do with columns that no format knows."""
+    wanted = [column for layout in formats for column in layout.columns]
+    near = {column: match[0] for column in columns if (match := nearest(column, wanted, 1))}
+    pairs = " and ".join(f"{match!r} for {column!r}" for column, match in near.items() if match != column)
+    if pairs:
+        return f"did you mean {pairs}?"
+    renames = {ELSEWHERE[column.lower()]: column for column in reversed(columns) if column.lower() in ELSEWHERE}
+    if renames:
+        written = ", ".join(f"{name}: {column}" for name, column in sorted(renames.items(), reverse=True))
+        return f"set the source's columns, as {{{written}}}"
+    return "set the source's columns, or write a format as package.module:attribute"
 
 
 def check_sources(options: DataOptions, needs: Sequence[Gives] | None = None) -> list[Fault]:
@@ -119,17 +200,19 @@ def check_sources(options: DataOptions, needs: Sequence[Gives] | None = None) ->
         RecipeError: a format is unknown.
     """
     faults: list[Fault] = []
-    for source in dict.fromkeys((*options.train, *options.validation)):
-        if isinstance(locate(source), HubDataset):
+    sources: list[Source] = []
+    for source in (*options.train, *options.validation):
+        if source in sources or isinstance(locate(source), HubDataset):
             continue
+        sources.append(source)
         kinds: set[Gives] = set()
         for found in examples(source):
             if isinstance(found, Fault):
                 faults.append(found)
             else:
-                kinds.add(_KINDS[type(found.example)])
+                kinds.add(KINDS[type(found.example)])
         for kind in sorted(kinds - set(needs or kinds)):
-            fix = "name other rows, or another training.method"
+            fix = OTHERWISE.get(kind, "name other rows, or another training.method")
             faults.append(Fault("", f"rows of the kind {kind}", " or ".join(needs or ()), fix, source.path))
     return faults
 

@@ -1,40 +1,38 @@
-"""Sources become rows, each with its place. One pass finds every bad row of every source; nothing here needs torch."""
+"""Sources become rows, each with its place; in pieces, so that several processes can share the work. No torch."""
 
 from __future__ import annotations
 
-import csv
-import gzip
+import contextlib
+import dataclasses
 import io
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, BinaryIO
 
-from finetune.data.json_rows import CUT_SHORT, document, line_at, lines, undecodable
+from finetune.data import hub, tables
+from finetune.data.json_document import document, looks_like_array
+from finetune.data.json_rows import Placed, lines, undecodable
+from finetune.data.opened import MissingPackage, head_of, not_text, open_file
 from finetune.data.source import HubDataset, LocalFile, locate
-from finetune.errors import DataError, EnvironmentFault
-from finetune.formats.example import Fault, describe
+from finetune.formats.example import Fault
 from finetune.recipe.sections import Source
 
-Placed = tuple[str, dict[str, Any] | Fault]
-BATCH = 1000
-MAGIC = {
-    b"\x1f\x8b": "gzip data",
-    b"PAR1": "Parquet data",
-    b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "zstd data",
-}
-LFS = b"version https://git-lfs.github.com/spec/"
+PIECE = 4 * 2**20  # bytes: enough for a thousand rows and more, small enough to share out evenly
+NEWLINE = b"\n"
+CUT_SHORT = "the compressed file ends early or is damaged; copy or make it again"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One raw row.
 
     Attributes:
-        values: its columns.
-        index: 0-based count within the source, blank lines aside.
+        values: its columns, as the file names them.
+        index: 0-based within the source: the line in JSON lines (blank lines counted), else the position; those of a
+            source's later files follow those of the earlier ones.
         place: `file:line` where lines mean something, else `file row N` counted from 1.
     """
 
@@ -43,155 +41,232 @@ class Row:
     place: str
 
 
-def read(source: Source) -> Iterator[Row | Fault]:
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that can be read by itself; small, and sent between processes.
+
+    Attributes:
+        of: the file, or the hub data set.
+        start: where it begins: a byte of JSON lines, a row group of Parquet, a record batch of Arrow.
+        end: where it ends, the same way; None for all the rest.
+        before: lines (of JSON lines) or rows of the same file before it.
+        index: Row.index of the file's first line or row.
+        size: about how many bytes it has; 0 where that is unknown.
+        streaming: whether a hub data set is fetched row by row.
+    """
+
+    of: LocalFile | HubDataset
+    start: int = 0
+    end: int | None = None
+    before: int = 0
+    index: int = 0
+    size: int = 0
+    streaming: bool = False
+
+
+def read(source: Source, streaming: bool = False) -> Iterator[Row | Fault]:
     """Read a source from the start; a broken row yields a fault and reading goes on where it can.
 
     Raises:
         EnvironmentFault: a hub data set cannot be reached.
         DataError: a hub data set does not exist or lacks the split.
     """
+    found = pieces(source, streaming)
+    if isinstance(found, Fault):
+        yield found
+        return
+    empty = True
+    for piece in found:
+        for item in read_piece(piece):
+            empty = False
+            yield item
+    if empty:
+        yield no_rows(source)
+
+
+def no_rows(source: Source) -> Fault:
+    """The fault of a source in which no row was found."""
+    return Fault("", "no rows", "at least one row", "fill the file or remove the source", source.path)
+
+
+def pieces(source: Source, streaming: bool = False, size: int = PIECE) -> list[Piece] | Fault:
+    """The work of reading a source, in order; no row is parsed unless later files need to know how many there are.
+
+    Args:
+        source: where the rows are.
+        streaming: whether a hub data set is fetched row by row.
+        size: about how many bytes a piece has.
+    """
     where = locate(source)
     if isinstance(where, Fault):
-        yield where
-        return
-    found = _file(where, source.path) if isinstance(where, LocalFile) else _hub(where)
-    index = -1
-    for index, (place, row) in enumerate(found):
-        yield row if isinstance(row, Fault) else Row(row, index, place)
-    if index < 0:
-        yield Fault("", "no rows", "at least one row", "fill the file or remove the source", source.path)
+        return where
+    if isinstance(where, HubDataset):
+        return [Piece(where, streaming=streaming)]
+    found: list[Piece] = []
+    index = 0
+    for number, file in enumerate(where.files):
+        last = number == len(where.files) - 1
+        parts, count = _pieces(file, index, size, counted=not last)
+        found += parts
+        index += count
+    return found
 
 
-def _file(where: LocalFile, name: str) -> Iterator[Placed]:
-    """Rows of a local file; what its bytes or the disk make impossible becomes one fault."""
-    place = name
+def _pieces(file: LocalFile, index: int, size: int, *, counted: bool) -> tuple[list[Piece], int]:
+    """The pieces of one file, and, if `counted`, how many lines or rows it has.
+
+    A file that cannot be divided, or not be read at all, is one piece: its fault is then told in its turn.
+    """
+    whole = Piece(file, index=index, size=_size(file))
+    if file.kind in ("parquet", "arrow"):
+        groups = tables.groups(file.path, file.kind)
+        return ([whole], 1) if groups is None else _groups(whole, groups, size)
     try:
-        if where.kind == "parquet":
-            yield from _parquet(where.path, name)
-            return
-        with _open(where) as stream:
-            fault = _not_text(stream.peek(4096)[:4096], name)  # type: ignore[attr-defined]
-            if fault:
-                yield name, fault
-            elif where.kind == "jsonl":
-                for place, row in lines(stream, name):
-                    yield place, row
-            elif where.kind == "json":
-                yield from document(stream.read(), name)
-            else:
-                yield from _csv(stream.read(), name)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield name, Fault("", f"damaged gzip data after {place} ({error})", "a whole gzip file", CUT_SHORT, name)
+        divided = _line_pieces(whole, size) if file.kind == "jsonl" and not file.packing else None
+    except OSError:
+        divided = None
+    if divided is not None:
+        return divided
+    if not counted:
+        return [whole], 0
+    return [whole], 1 + max((item.index - index for item in read_piece(whole)), default=-1)
+
+
+def _size(file: LocalFile) -> int:
+    try:
+        return file.path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _groups(whole: Piece, groups: list[tuple[int, int]], size: int) -> tuple[list[Piece], int]:
+    """Pieces of neighbouring row groups (rows, bytes)."""
+    found: list[Piece] = []
+    start = rows = before = held = 0
+    for at, (count, weight) in enumerate(groups):
+        rows, held = rows + count, held + weight
+        if held >= size or at == len(groups) - 1:
+            found.append(dataclasses.replace(whole, start=start, end=at + 1, before=before, size=held))
+            start, before, held = at + 1, rows, 0
+    return found, rows
+
+
+def _line_pieces(whole: Piece, size: int) -> tuple[list[Piece], int] | None:
+    """Byte ranges that end where lines do, and the count of lines; None when the file is not to be divided."""
+    assert isinstance(whole.of, LocalFile), "only files have lines"
+    found: list[Piece] = []
+    start = before = 0
+    with open(whole.of.path, "rb") as stream:
+        head = head_of(stream)
+        if not_text(head[:4096], whole.of.name) or looks_like_array(head):
+            return None
+        stream.seek(0)
+        while block := stream.read(size):
+            rest = b"" if block.endswith(NEWLINE) else stream.readline()
+            end = start + len(block) + len(rest)
+            found.append(dataclasses.replace(whole, start=start, end=end, before=before, size=end - start))
+            before += block.count(NEWLINE) + (not block.endswith(NEWLINE))
+            start = end
+    return found, before
+
+
+def read_piece(piece: Piece) -> Iterator[Row | Fault]:
+    """The rows of a piece; a fault tells the row's index, or -1 where it is the file's.
+
+    Raises:
+        EnvironmentFault, DataError: a hub data set cannot be had.
+    """
+    found = hub.rows(piece.of, piece.streaming) if isinstance(piece.of, HubDataset) else _file(piece.of, piece)
+    first = piece.index + piece.before
+    for number, place, row in found:
+        if not isinstance(row, Fault):
+            yield Row(row, first + number, place)
+        elif number < 0:
+            yield row
+        else:
+            yield dataclasses.replace(row, index=first + number)
+
+
+def _file(file: LocalFile, piece: Piece) -> Iterator[Placed]:
+    """Rows of a local file; what its bytes or the disk make impossible becomes one fault."""
+    place, name = file.name, file.name
+    try:
+        for item in _columns(file, piece) if file.kind in ("parquet", "arrow") else _text(file, piece):
+            place = item[1]
+            yield item
+    except MissingPackage as error:
+        yield -1, name, Fault("", str(error), "a package that reads it", "pip install zstandard", name)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        yield -1, name, _damaged(file, place, error)
     except PermissionError as error:
-        yield name, Fault("", f"a file that may not be read ({error.strerror})", "read permission", "chmod it", name)
+        fault = Fault("", f"a file that may not be read ({error.strerror})", "read permission", "chmod it", name)
+        yield -1, name, fault
     except OSError as error:
+        if file.packing and error.errno is None:  # gzip and bz2 say so of damaged data
+            yield -1, name, _damaged(file, place, error)
+            return
         fix = "check the disk and the path"
-        yield name, Fault("", f"a file that cannot be read ({error.strerror or error})", "a readable file", fix, name)
+        found = f"a file that cannot be read ({error.strerror or error})"
+        yield -1, name, Fault("", found, "a readable file", fix, name)
 
 
-def _open(where: LocalFile) -> BinaryIO:
-    return gzip.open(where.path, "rb") if where.packed else open(where.path, "rb")  # type: ignore[return-value]
+def _damaged(file: LocalFile, place: str, error: BaseException) -> Fault:
+    found = f"damaged {file.packing} data after {place} ({error})"
+    return Fault("", found, f"a whole {file.packing} file", CUT_SHORT, file.name)
 
 
-def _not_text(head: bytes, name: str) -> Fault | None:
-    """The fault of a file whose first bytes are not text of the kind its name says."""
-    for magic, what in MAGIC.items():
-        if head.startswith(magic):
-            return Fault("", what, "text, as the file's name says", "give the file its right suffix", name)
-    if head.startswith(LFS):
-        return Fault("", "a git-lfs pointer", "the file itself", "run git lfs pull", name)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Fault("", "UTF-16 text", "UTF-8 text", "save the file as UTF-8", name)
-    if b"\0" in head:
-        return Fault("", "binary data", "text, as the file's name says", "name a data file", name)
-    return None
+def _columns(file: LocalFile, piece: Piece) -> Iterator[Placed]:
+    """Rows of Parquet or Arrow."""
+    number = -1
+    rows = tables.parquet if file.kind == "parquet" else tables.arrow
+    try:
+        for number, values in enumerate(rows(file.path, piece.start, piece.end)):
+            place = f"{file.name} row {piece.before + number + 1}"
+            empty = Fault("", "only nulls", "an object with columns", "remove the row", place)
+            yield number, place, values or empty
+    except PermissionError:
+        raise
+    except tables.broken() as error:
+        kind = "Parquet" if file.kind == "parquet" else "Arrow"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        after = f" after row {piece.before + number + 1}" if number >= 0 else ""
+        found = f"{kind} that cannot be read{after} ({reason})"
+        yield -1, file.name, Fault("", found, f"a whole {kind} file", "make it again", file.name)
 
 
-def _csv(raw: bytes, name: str) -> Iterator[Placed]:
-    """Rows of a CSV file with a header line; every column is text, and an empty cell is an absent column."""
+def _text(file: LocalFile, piece: Piece) -> Iterator[Placed]:
+    """Rows of a text file."""
+    reopen: Callable[[], BinaryIO] = partial(open_file, file.path, file.packing)
+    if piece.start == 0:
+        with reopen() as stream:
+            head = head_of(stream)
+        if fault := not_text(head[:4096], file.name):
+            yield -1, file.name, fault
+            return
+        if file.kind == "json" or (file.kind == "jsonl" and piece.end is None and looks_like_array(head)):
+            yield from document(reopen, file.name)
+            return
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(reopen())
+        if file.kind == "jsonl" and piece.end is not None:
+            stream.seek(piece.start)
+            part = io.BytesIO(stream.read(piece.end - piece.start))
+            yield from lines(part, file.name, piece.before + 1)
+        elif file.kind == "jsonl":
+            yield from lines(stream, file.name)
+        elif file.kind == "txt":
+            yield from _whole_text(stream.read(), file.name)
+        else:
+            yield from tables.separated(stream, file.name, "," if file.kind == "csv" else "\t")
+
+
+def _whole_text(raw: bytes, name: str) -> Iterator[Placed]:
+    """A text file as one row with the column `text`; none where it is empty."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = f"{name}:{line_at(raw, error.start)}"
-        yield place, undecodable(error, place)
+        place = f"{name}:{1 + raw.count(NEWLINE, 0, error.start)}"
+        yield 0, place, undecodable(error, place)
         return
-    limit = csv.field_size_limit(max(len(text), 1))  # documents are longer than the csv module's 128 KiB
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        rows: list[tuple[int, list[str]]] = []
-        failure: Fault | None = None
-        line = 1
-        try:
-            for cells in reader:
-                rows.append((line, cells))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            place = f"{name}:{line}"
-            failure = Fault("", f"broken CSV ({error})", "cells quoted as in RFC 4180", "correct the quotes", place)
-    finally:
-        csv.field_size_limit(limit)
-    header = rows[0][1] if rows else []
-    if len(set(header)) < len(header) or not all(cell.strip() for cell in header):
-        place = f"{name}:1"
-        found = f"the header {','.join(header)!r}"
-        yield place, Fault("", found, "a name for each column, each once", "correct it", place)
-        return
-    for number, cells in rows[1:]:
-        place = f"{name}:{number}"
-        if len(cells) == len(header):
-            yield place, {column: cell for column, cell in zip(header, cells, strict=True) if cell}
-        elif cells:
-            expected = f"{len(header)} ({', '.join(header)})"
-            yield place, Fault("", f"{len(cells)} cells", expected, "quote cells that hold commas or newlines", place)
-    if failure:
-        yield failure.place, failure
-
-
-def _parquet(path: Path, name: str) -> Iterator[Placed]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=BATCH):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield f"{name} row {number}", _absent_dropped(values)
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        yield name, Fault("", f"Parquet that cannot be read ({reason})", "a whole Parquet file", "make it again", name)
-
-
-def _absent_dropped(value: Any) -> Any:
-    """`value` without nulls in objects: Arrow gives each object every key that any row has."""
-    if isinstance(value, dict):
-        return {key: _absent_dropped(entry) for key, entry in value.items() if entry is not None}
-    return [_absent_dropped(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _hub(where: HubDataset) -> Iterator[Placed]:
-    """Rows of a hub data set; the only place that may use the network."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(where.name, split=where.split, revision=where.revision)
-    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        raise DataError(
-            f"{where.name}: no such local file, and the Hugging Face hub gives no data set for it "
-            f"(split {where.split!r}, revision {where.revision or 'default'!r}): {_reason(error)}; correct path, "
-            "split or revision; a private or gated one needs a token in HF_TOKEN"
-        ) from error
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise EnvironmentFault(
-            f"{where.name}: no such local file, and the Hugging Face hub cannot be reached: {_reason(error)}; "
-            "name a local file, or try again with a connection"
-        ) from error
-    if not isinstance(loaded, datasets.Dataset):
-        raise DataError(f"{where.name}: the split {where.split!r} gave {describe(loaded)}; name one split")
-    for number, values in enumerate(loaded, 1):
-        yield f"{where.name}[{where.split}] row {number}", _absent_dropped(values)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    if text:
+        yield 0, f"{name}:1", {"text": text}

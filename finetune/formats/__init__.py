@@ -8,4 +8,7 @@ FORMATS = {
     "text": "finetune.formats.text:FORMAT",
     "alpaca": "finetune.formats.alpaca:FORMAT",
     "sharegpt": "finetune.formats.sharegpt:FORMAT",
+    "preference": "finetune.formats.preference:FORMAT",
+    "unpaired": "finetune.formats.unpaired:FORMAT",
+    "prompt": "finetune.formats.prompt:FORMAT",
 }

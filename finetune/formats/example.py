@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import xxhash
+
+from finetune import strict_json
 from finetune.errors import DataError
 
-Gives = Literal["messages", "prompt_completion", "text"]
+Gives = Literal["messages", "prompt_completion", "text", "preference", "unpaired", "prompt"]
+Messages = tuple[dict[str, Any], ...]
+Tools = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,8 @@ class Conversation:
         context: indexes of assistant messages that are shown but never trained.
     """
 
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] | None = None
+    messages: Messages
+    tools: Tools | None = None
     context: frozenset[int] = frozenset()
 
 
@@ -42,7 +48,50 @@ class Text:
     text: str
 
 
-Example = Conversation | PromptCompletion | Text
+@dataclass(frozen=True)
+class Preference:
+    """A prompt with a better and a worse answer: all three plain text, or all three messages.
+
+    Attributes:
+        prompt: what both answer; messages end before an assistant turn.
+        chosen: the better answer, never empty.
+        rejected: the worse one, never equal to `chosen`.
+        tools: as in Conversation.
+    """
+
+    prompt: Messages | str
+    chosen: Messages | str
+    rejected: Messages | str
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """A prompt, one answer, and whether that answer is wanted: both plain text, or both messages."""
+
+    prompt: Messages | str
+    completion: Messages | str
+    label: bool
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt alone, which a model answers while it trains: plain text or messages."""
+
+    prompt: Messages | str
+    tools: Tools | None = None
+
+
+Example = Conversation | PromptCompletion | Text | Preference | Unpaired | Prompt
+KINDS: dict[type, Gives] = {
+    Conversation: "messages",
+    PromptCompletion: "prompt_completion",
+    Text: "text",
+    Preference: "preference",
+    Unpaired: "unpaired",
+    Prompt: "prompt",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +104,9 @@ class Fault:
         expected: what should stand there.
         fix: what to do.
         place: file and line; empty until a reader fills it in.
+        index: the row within its source, as Row.index; -1 when a file or the whole source is at fault, which no
+            quarantine mends.
+        raw: the row as it was read, or its text where it could not be parsed; for the quarantine file.
     """
 
     field: str
@@ -62,6 +114,8 @@ class Fault:
     expected: str
     fix: str
     place: str = ""
+    index: int = -1
+    raw: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         where = "".join(f"{part}: " for part in (self.place, self.field) if part)
@@ -122,7 +176,7 @@ def parsed(value: Any) -> Any:
     """A list or object that was stored as a JSON string, as CSV and Parquet files do; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return strict_json.loads(value)
         except ValueError:
             return value
     return value
@@ -141,3 +195,82 @@ def text_column(row: dict[str, Any], column: str, faults: list[Fault], *, blank:
     else:
         return str(row[column])
     return ""
+
+
+def digest(example: Example) -> bytes:
+    """16 bytes that two examples share exactly when they say the same: xxh3_128 over roles, contents and tools.
+
+    What is trained plays no part, so a chat whose turns have other weights has the same digest. Numbers and lengths
+    stand between the texts, so no text can imitate two. The same on every platform.
+    """
+    parts: list[str]
+    match example:
+        case Conversation(messages, tools, _):
+            parts = _chat_parts(messages)
+        case PromptCompletion(prompt, completion):
+            tools, parts = None, ["prompt_completion", *_side_parts(prompt), *_side_parts(completion)]
+        case Text(text):
+            tools, parts = None, ["text", *_side_parts(text)]
+        case Preference(prompt, chosen, rejected, tools):
+            parts = ["preference", *_side_parts(prompt), *_side_parts(chosen), *_side_parts(rejected)]
+        case Unpaired(prompt, completion, label, tools):
+            parts = ["unpaired", str(int(label)), *_side_parts(prompt), *_side_parts(completion)]
+        case Prompt(prompt, tools):
+            parts = ["prompt", *_side_parts(prompt)]
+    if tools:
+        parts.append(f"tools {_canonical(tools)}")
+    return xxhash.xxh3_128_digest("\0".join(parts).encode("utf-8", "surrogatepass"))
+
+
+def _side_parts(side: Messages | str) -> list[str]:
+    return [f"{len(side)}", side] if isinstance(side, str) else [f"{len(side)} messages", *_chat_parts(side)]
+
+
+def _chat_parts(messages: Messages) -> list[str]:
+    """Each message as its role with the length of its content, its content, and whatever else it holds."""
+    parts: list[str] = []
+    for message in messages:
+        content = message["content"]
+        parts += (f"{message['role']} {len(content)}", content)
+        if len(message) > 2:
+            others = {key: value for key, value in message.items() if key not in ("role", "content")}
+            parts.append(f"more {_canonical(others)}")
+    return parts
+
+
+def _canonical(value: Any) -> str:
+    """`value` as JSON with sorted keys; what JSON does not have (a date in a Parquet file) as Python shows it."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), default=repr)
+    except TypeError:  # keys that cannot be sorted or written
+        return repr(value)
+
+
+def as_messages(example: Example) -> dict[str, Any] | None:
+    """The example as a row of the `messages` format; None where it has no answer to train.
+
+    Plain prompts become a user's turn and completions an assistant's. Of a preference the chosen answer is kept. Turns
+    that are shown without being trained have `weight: 0`.
+    """
+    match example:
+        case Conversation(messages, tools, context):
+            pass
+        case PromptCompletion(prompt, completion):
+            messages, tools, context = (
+                (*as_turns(prompt, "user"), *as_turns(completion, "assistant")),
+                None,
+                frozenset(),
+            )
+        case Preference(prompt, answer, _, tools) | Unpaired(prompt, answer, True, tools):
+            shown = as_turns(prompt, "user")
+            messages = (*shown, *as_turns(answer, "assistant"))
+            context = frozenset(at for at, message in enumerate(shown) if message["role"] == "assistant")
+        case _:
+            return None
+    written = [{**message, "weight": 0} if at in context else dict(message) for at, message in enumerate(messages)]
+    return {"messages": written, **({"tools": list(tools)} if tools else {})}
+
+
+def as_turns(side: Messages | str, role: str) -> Messages:
+    """Messages as they are, and plain text as one message of `role`."""
+    return ({"role": role, "content": side},) if isinstance(side, str) else side

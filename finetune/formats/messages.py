@@ -1,9 +1,10 @@
 """Chats as lists of messages, in OpenAI's style.
 
 Roles are system, developer, user, assistant and tool. `content` is text, or a list of text parts, which are joined by
-newlines as inference servers do. An assistant message may have `tool_calls` in place of content, and
-`reasoning_content`. `weight: 0` or `train: false` on an assistant message shows it without training it. A `tools`
-column holds the functions' JSON schemas. The column may also be called `conversations`. Lists may be JSON strings.
+newlines as inference servers do. An assistant message may have `tool_calls` in place of content (or OpenAI's older
+`function_call`), and `reasoning_content` (also spelt `reasoning` or `thinking`). `weight: 0` or `train: false` on an
+assistant message shows it without training it. A `tools` column holds the functions' JSON schemas. The column may also
+be called `conversations`, unless the row is a preference. Lists may be JSON strings.
 
 Example row:
     {"messages": [{"role": "user", "content": "Is 7 prime?"}, {"role": "assistant", "content": "Yes."}]}
@@ -11,10 +12,10 @@ Example row:
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from finetune.formats.example import Conversation, Fault, Format, RowError, describe, parsed
+from finetune.formats.tool_calls import check_calls, tool_schemas
 from finetune.registry import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -29,6 +30,8 @@ FOREIGN_ROLES = {
     "observation": "tool",
 }
 INSTRUCTING = ("system", "developer")
+REASONING = ("reasoning", "thinking")  # other spellings of reasoning_content
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def _column(row: dict[str, Any]) -> str:
@@ -39,6 +42,8 @@ def recognises(row: dict[str, Any]) -> bool:
     """Whether the row has `messages`, or `conversations` whose messages have roles."""
     if "messages" in row:
         return True
+    if "chosen" in row and "rejected" in row:
+        return False  # conversations are then the prompt
     first = next(iter(turns), None) if isinstance(turns := parsed(row.get("conversations")), list) else None
     return isinstance(first, dict) and "role" in first
 
@@ -98,6 +103,9 @@ def chat(value: Any, field: str, faults: list[Fault]) -> tuple[list[dict[str, An
     messages: list[dict[str, Any]] = []
     context: set[int] = set()
     for index, item in enumerate(value):
+        if _is_plain(item, index):
+            messages.append(item)
+            continue
         where = f"{field}[{index}]"
         if not isinstance(item, dict):
             faults.append(Fault(where, describe(item), "an object with role and content", "write it as an object"))
@@ -107,10 +115,23 @@ def chat(value: Any, field: str, faults: list[Fault]) -> tuple[list[dict[str, An
             context.add(index)
         if _role(message, where, faults):
             _place(message["role"], messages, where, faults)
-        _tool_calls(message, where, faults)
+        check_calls(message, where, faults)
+        _reasoning(message, where, faults)
         _content(message, where, faults)
         messages.append(message)
     return messages, context
+
+
+def _is_plain(item: Any, index: int) -> bool:
+    """Whether a message needs no more looking at: role and text alone, which is what nearly all are."""
+    if type(item) is not dict or len(item) != 2:
+        return False
+    role, content = item.get("role"), item.get("content")
+    if type(content) is not str:
+        return False
+    if role == "assistant":
+        return bool(content) and not content.isspace()
+    return role == "user" or role == "tool" or (index == 0 and (role == "system" or role == "developer"))
 
 
 def _trained(item: dict[str, Any], where: str, faults: list[Fault]) -> bool:
@@ -157,6 +178,22 @@ def _place(role: str, earlier: list[dict[str, Any]], where: str, faults: list[Fa
         faults.append(Fault(f"{where}.role", f"a {role} message after others", "it first", "move it to the start"))
 
 
+def _reasoning(message: dict[str, Any], where: str, faults: list[Fault]) -> None:
+    """Bring an assistant's reasoning under the name that chat templates read."""
+    if message.get("role") != "assistant":
+        return
+    for key in REASONING:
+        if key not in message:
+            continue
+        text = message.pop(key)
+        if message.setdefault("reasoning_content", text) != text:
+            fix = "keep one of them"
+            faults.append(Fault(f"{where}.{key}", "another text than in reasoning_content", "one reasoning", fix))
+    if not isinstance(message.get("reasoning_content", ""), str):
+        found = describe(message["reasoning_content"])
+        faults.append(Fault(f"{where}.reasoning_content", found, "text", "write it as a string"))
+
+
 def _content(message: dict[str, Any], where: str, faults: list[Fault]) -> None:
     """Make `content` text. It may be missing or empty only beside tool_calls."""
     content = message.get("content")
@@ -184,7 +221,7 @@ def _parts(parts: list[Any] | tuple[Any, ...], where: str, faults: list[Fault]) 
     for index, part in enumerate(parts):
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        elif isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
             found = f"a part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else describe(part)
@@ -192,55 +229,6 @@ def _parts(parts: list[Any] | tuple[Any, ...], where: str, faults: list[Fault]) 
             faults.append(Fault(f"{where}[{index}]", found, "a part of type 'text' with its text", fix))
             return None
     return "\n".join(texts)
-
-
-def _tool_calls(message: dict[str, Any], where: str, faults: list[Fault]) -> None:
-    """Check tool_calls; arguments given as a JSON string become the object, which is what servers hand to templates."""
-    calls = parsed(message.get("tool_calls"))
-    if not calls:
-        message.pop("tool_calls", None)
-        return
-    if message.get("role") != "assistant":
-        fix = "move it to an assistant message"
-        faults.append(Fault(f"{where}.tool_calls", describe(calls), "none on this role", fix))
-        return
-    if not isinstance(calls, list):
-        faults.append(Fault(f"{where}.tool_calls", describe(calls), "a list of calls", "write it as a list"))
-        return
-    checked = []
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            faults.append(
-                Fault(f"{where}.tool_calls[{index}]", describe(call), "a function with a name", "write function.name")
-            )
-            continue
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError as error:
-                faults.append(
-                    Fault(
-                        f"{where}.tool_calls[{index}].function.arguments",
-                        f"broken JSON ({error})",
-                        "a JSON object",
-                        "correct the JSON",
-                    )
-                )
-        checked.append({**call, "type": call.get("type", "function"), "function": {**function, "arguments": arguments}})
-    message["tool_calls"] = checked or calls  # calls that are all at fault are still calls: content may be absent
-
-
-def tool_schemas(value: Any, faults: list[Fault]) -> tuple[dict[str, Any], ...] | None:
-    """The `tools` column as a tuple of objects; None when there are none."""
-    value = parsed(value)
-    if value is None or value in ([], ""):
-        return None
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, dict) for tool in value):
-        faults.append(Fault("tools", describe(value), "a list of function schemas", "write it as a list of objects"))
-        return None
-    return tuple(value)
 
 
 FORMAT = Format("messages", "messages", ("messages",), recognises, to_example)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune.formats import unpaired
 from finetune.formats.example import (
     Conversation,
     Fault,
@@ -21,12 +22,13 @@ from finetune.formats.example import (
     parsed,
     text_column,
 )
-from finetune.formats.messages import INSTRUCTING, chat, is_answer, no_answer, tool_schemas
+from finetune.formats.messages import INSTRUCTING, chat, is_answer, no_answer
+from finetune.formats.tool_calls import tool_schemas
 
 
 def recognises(row: dict[str, Any]) -> bool:
-    """Whether the row has `prompt` and `completion`."""
-    return "prompt" in row and "completion" in row
+    """Whether the row has `prompt` and `completion`, and no `label` that judges it."""
+    return "prompt" in row and "completion" in row and not unpaired.recognises(row)
 
 
 def to_example(row: dict[str, Any]) -> PromptCompletion | Conversation:
@@ -36,11 +38,11 @@ def to_example(row: dict[str, Any]) -> PromptCompletion | Conversation:
         RowError: one of them is missing, blank, of another type than the other, or not a usable list of messages.
     """
     faults: list[Fault] = []
-    prompt, completion = parsed(row.get("prompt")), parsed(row.get("completion"))
+    prompt, completion = _listed(row.get("prompt")), _listed(row.get("completion"))
     lists = isinstance(prompt, list), isinstance(completion, list)
     if all(lists) and all(isinstance(item, dict) and "role" in item for item in prompt + completion):
         example: PromptCompletion | Conversation | None = _conversation(prompt, completion, row, faults)
-    elif any(isinstance(row.get(column), list) for column in ("prompt", "completion")):
+    elif any(isinstance(row.get(column), list | dict) for column in ("prompt", "completion")):
         found = f"{describe(row.get('prompt'))} and {describe(row.get('completion'))}"
         fix = "write both the same way"
         faults.append(Fault("prompt, completion", found, "two texts or two lists of messages", fix))
@@ -50,6 +52,12 @@ def to_example(row: dict[str, Any]) -> PromptCompletion | Conversation:
         raise RowError(faults)
     assert example is not None, "an example without faults exists"
     return example
+
+
+def _listed(value: Any) -> Any:
+    """A JSON string parsed, and a message that stands alone as a list of one."""
+    value = parsed(value)
+    return [value] if isinstance(value, dict) and "role" in value else value
 
 
 def _conversation(

@@ -1,0 +1,83 @@
+"""Calls of functions in a chat: brought into the one form that chat templates take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune import strict_json
+from finetune.formats.example import Fault, Tools, describe, parsed
+
+
+def check_calls(message: dict[str, Any], where: str, faults: list[Fault]) -> None:
+    """Check a message's tool_calls and write them back, each as a function with its arguments as an object.
+
+    OpenAI's older `function_call` becomes a call. Arguments given as a JSON string become the object, which is what
+    servers hand to templates.
+    """
+    calls = parsed(message.get("tool_calls"))
+    column = "tool_calls"
+    if not calls and message.get("function_call"):
+        calls, column = [parsed(message["function_call"])], "function_call"
+    message.pop("function_call", None)
+    if not calls:
+        message.pop("tool_calls", None)
+        return
+    if message.get("role") != "assistant":
+        fix = "move it to an assistant message"
+        faults.append(Fault(f"{where}.{column}", describe(calls), "none on this role", fix))
+        return
+    if not isinstance(calls, list):
+        faults.append(Fault(f"{where}.{column}", describe(calls), "a list of calls", "write it as a list"))
+        return
+    checked = []
+    for index, call in enumerate(calls):
+        place = f"{where}.tool_calls[{index}]" if column == "tool_calls" else f"{where}.function_call"
+        if written := _call(call, place, faults):
+            checked.append(written)
+    message["tool_calls"] = checked or calls  # calls that are all at fault are still calls: content may be absent
+
+
+def _call(call: Any, where: str, faults: list[Fault]) -> dict[str, Any] | None:
+    """One call as servers write it, or None and a fault."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        faults.append(Fault(where, describe(call), "a function with a name", "write function.name"))
+        return None
+    field = f"{where}.function.arguments" if "function" in call else f"{where}.arguments"
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = strict_json.loads(arguments.strip() or "{}")
+        except ValueError as error:
+            faults.append(Fault(field, f"broken JSON ({error})", "a JSON object", "correct the JSON"))
+            arguments = {}
+    if not isinstance(arguments, dict | None):
+        faults.append(Fault(field, describe(arguments), "a JSON object", "write them by name"))
+    others = {key: value for key, value in call.items() if function is not call or key not in ("name", "arguments")}
+    named = {"name": call["name"]} if function is call else function
+    return {**others, "type": call.get("type", "function"), "function": {**named, "arguments": arguments or {}}}
+
+
+def calls_in_text(text: Any, field: str, faults: list[Fault]) -> list[dict[str, Any]]:
+    """The calls that a ShareGPT turn `function_call` holds as JSON: one object, or a list of them."""
+    value = parsed(text)
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        fix = "write it as JSON with name and arguments"
+        faults.append(Fault(field, describe(text), "a call as a JSON object, or a list of them", fix))
+        return []
+    checked = (
+        _call(call, f"{field}[{index}]" if len(calls) > 1 else field, faults) for index, call in enumerate(calls)
+    )
+    return [call for call in checked if call]
+
+
+def tool_schemas(value: Any, faults: list[Fault]) -> Tools | None:
+    """The `tools` column as a tuple of objects; None when there are none."""
+    value = parsed(value)
+    if value is None or value in ([], ""):
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, dict) for tool in value):
+        faults.append(Fault("tools", describe(value), "a list of function schemas", "write it as a list of objects"))
+        return None
+    return tuple(value)
