@@ -59,10 +59,15 @@ def digest(text: str) -> tuple[int, int]:
     return int.from_bytes(found[:8], "little"), int.from_bytes(found[8:16], "little")
 
 
+def edges(length: int) -> tuple[tuple[int, int], ...]:
+    """All of a row trained but its first token."""
+    return ((1, length),) if length > 1 else ()
+
+
 def plain(folder: Path, lengths: Sequence[int], name: str = "chats", token_rows: int = 1) -> Rows:
     """Rows of these lengths, all different; every `token_rows` of them belong to one raw row."""
     rows = [
-        Made(tuple(range(at, at + length)), ((1, length),), at // token_rows, -1, digest(f"{name} {at // token_rows}"))
+        Made(tuple(range(at, at + length)), edges(length), at // token_rows, -1, digest(f"{name} {at // token_rows}"))
         for at, length in enumerate(lengths)
     ]
     return Rows.of([source(folder, [rows], name)])

@@ -535,12 +535,11 @@ class Rows(Sequence[dict[str, Any]]):
         if len(self.parts) == 1:
             found: np.ndarray = getattr(self.parts[0], name)[self.at]
             return found
-        columns = [getattr(part, name) for part in self.parts]
-        # Zero parts give no column to take a dtype from; Rows of nothing has no rows either.
-        found = np.empty((len(self), *columns[0].shape[1:]), columns[0].dtype) if columns else np.empty(0, np.int64)
-        for number, column in enumerate(columns):
+        dtype = np.int32 if name == "trained_counts" else _DTYPES[name]
+        found = np.empty((len(self), 2) if name == "digest" else len(self), dtype)
+        for number, part in enumerate(self.parts):
             here = self.part == number
-            found[here] = column[self.at[here]]
+            found[here] = getattr(part, name)[self.at[here]]
         return found
 
     @cached_property
