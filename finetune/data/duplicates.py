@@ -89,7 +89,7 @@ def copies(rows: Rows, threshold: float | None = None) -> Copies:
         kept = of[example.first] < 0
         originals: dict[int, int] = {}
         index = _Index(threshold)
-        for number, sketch in _sketches(rows, example, np.flatnonzero(kept), _Common(rows, example)):
+        for number, sketch in _sketches(rows, example, np.flatnonzero(kept), _SharedBeginnings(rows, example)):
             if (earlier := index.find(sketch)) is not None:
                 originals[number] = earlier
             else:
@@ -118,7 +118,7 @@ def leaks(train: Rows, validation: Rows, threshold: float | None = None) -> Copi
     of = np.where(of < 0, same, of)
     if threshold is not None and len(train) and len(validation):
         trained = _examples(train)
-        common = _Common(train, trained)
+        common = _SharedBeginnings(train, trained)
         index = _Index(threshold)
         for number, sketch in _sketches(train, trained, np.arange(len(trained.first)), common):
             index.add(number, sketch)
@@ -244,7 +244,9 @@ def _bands(threshold: float) -> tuple[int, int]:
     return PERMUTATIONS, 1
 
 
-def _sketches(rows: Rows, examples: _Examples, numbers: np.ndarray, common: _Common) -> Iterator[tuple[int, MinHash]]:
+def _sketches(
+    rows: Rows, examples: _Examples, numbers: np.ndarray, common: _SharedBeginnings
+) -> Iterator[tuple[int, MinHash]]:
     """A MinHash of all shingles of each example: one object, valid until the next."""
     from datasketch import MinHash
 
@@ -258,7 +260,7 @@ def _sketches(rows: Rows, examples: _Examples, numbers: np.ndarray, common: _Com
         yield number, sketch
 
 
-def _shingles(ids: np.ndarray, common: _Common) -> np.ndarray:
+def _shingles(ids: np.ndarray, common: _SharedBeginnings) -> np.ndarray:
     """uint32 hashes of every run of SHINGLE ids (of all ids, where there are fewer) after a common beginning."""
     width = min(SHINGLE, len(ids))
     values = ids[min(common.length(ids), len(ids) - width) :].astype(np.uint64) + np.uint64(1)
@@ -278,7 +280,7 @@ def _beginnings(ids: np.ndarray) -> np.ndarray:
 _POWERS = np.cumprod(np.full(BEGINNING, _FACTOR), dtype=np.uint64)
 
 
-class _Common:
+class _SharedBeginnings:
     """Beginnings that a hundredth of the examples share, and at least COMMON of those looked at."""
 
     def __init__(self, rows: Rows, examples: _Examples) -> None:
