@@ -1,297 +1,307 @@
-"""The story of the data: sources in, token rows out, with everything that was changed or left out counted.
+"""The story of the data: sources in, token rows on disk, with everything that was changed or left out counted.
 
-Runs before any process group exists; the trainer is given these rows and tokenizes nothing.
+Runs before any process group exists and needs neither torch nor transformers. Each source is prepared once and kept in
+the cache by the hash of everything that decides its rows; other runs, other ranks and a second start map the same file.
+Large sources are prepared by several processes, piece by piece; memory does not grow with them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
-import datasets
-import numpy as np
-import pyarrow as pa
-
-from finetune.data.encode import UNTRAINED, Tokens, encode, encode_plain
-from finetune.data.examples import SHOWN, Located, examples, refuse
-from finetune.data.render import WHOLE, ChatTemplate, Rendering, chat_template, render, trained_turns
-from finetune.data.report import DataReport, SourceReport
+from finetune.data import quarantine
+from finetune.data.cache import Cache, code_version, key
+from finetune.data.engine import Chunk, Engine, QuickDiffers, Settings, together
+from finetune.data.examples import SHOWN, Located, layout_of, piece_examples, refuse
+from finetune.data.read import Piece, pieces
+from finetune.data.report import SourceReport
+from finetune.data.rows import RowsWriter, SourceRows
+from finetune.data.source import HubDataset, LocalFiles, locate
+from finetune.data.template import chat_template
+from finetune.data.tokenizer import FastDiffers
 from finetune.errors import DataError
-from finetune.formats.example import Conversation, Fault, RowError
+from finetune.formats import FORMATS
+from finetune.formats.example import Fault, Format
 from finetune.recipe.sections import DataOptions, Source
+from finetune.registry import resolve
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-CHUNK = 512
+CHUNK = 512  # examples encoded at once
+WORTH_A_PROCESS = 8 * 2**20  # bytes of source below which starting processes costs more than it saves
+AHEAD = 2  # pieces a process may be ahead of what is written
+ROWS, REPORT, QUARANTINE = "rows", "report.json", "quarantine.jsonl"
+# Options that decide a source's rows; weights, splits and copies are decided over the rows and need no preparing.
+DECIDING = ("max_length", "on_bad_row", "on_long_row", "loss_on", "loss_on_thinking", "history")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What training gets.
+class PreparedSource:
+    """One source's rows.
 
     Attributes:
-        rows: `input_ids` (int32 list), `labels` (int32 list, -100 where untrained), `source` (its name), `row` (int32,
-            0-based within the source), `turn` (int32, the last message trained; -1 where the whole row is one).
-        report: what was read, kept, changed and left out.
-        fingerprint: SHA-256 over ids and labels in order; equal fingerprints mean equal training data.
+        source: as the recipe names it.
+        rows: its token rows.
+        report: what was done to them.
+        quarantine: the file of rows that cannot be used; None when there are none.
+        made: whether they were prepared now, or found in the cache.
     """
 
-    rows: datasets.Dataset
-    report: DataReport
-    fingerprint: str
+    source: Source
+    rows: SourceRows
+    report: SourceReport
+    quarantine: Path | None
+    made: bool
 
-    def facts(self) -> dict[str, Any]:
-        """Fingerprint and counts, for a run's manifest."""
-        return {"fingerprint": self.fingerprint, **self.report.as_dict()}
+
+class _Faulty(Exception):
+    """A source that cannot be prepared; its faults are told together with those of the others."""
 
 
 @dataclass
-class _Gathered:
-    """Token rows as they are collected: parallel lists, ids and labels as int32 arrays."""
+class _Findings:
+    """What stands against preparing, over all sources."""
 
-    ids: list[np.ndarray] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    row: list[int] = field(default_factory=list)
-    turn: list[int] = field(default_factory=list)
+    faults: list[Fault]
+    long_rows: list[tuple[int, str]]
+    over_length: int = 0
 
 
 def prepare(
-    options: DataOptions,
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: frozenset[int],
-    seed: int = 42,
-) -> Prepared:
-    """Read, render, encode and mask the rows of `sources`; call it once for training and once for validation.
-
-    The first token of a row is never predicted, so its label is -100 and the count of trained tokens is exact.
+    sources: Sequence[Source], settings: Settings, cache: Cache, say: Callable[[str], None] | None = None
+) -> list[PreparedSource]:
+    """Prepare each source, or find it prepared.
 
     Args:
-        options: how rows are treated (max_length, on_long_row, loss_on, chat_template).
-        sources: `options.train` or `options.validation`.
-        tokenizer: the base model's.
-        stop_ids: tokens that end a turn: its eos_token_id and those of the model's generation config.
-        seed: chooses the rows of sources whose weight is not whole.
+        sources: of training and validation together, so that all their faults are told at once.
+        settings: tokenizer and options.
+        cache: where rows are kept; they are held until it is closed.
+        say: told what takes time.
 
     Raises:
-        DataError: any row or file is at fault (all are counted, ten shown), or nothing is left to train on.
+        DataError: any row or file is at fault (all are counted, ten shown).
         RecipeError: a format is unknown.
-        EnvironmentFault: the hub cannot be reached.
+        EnvironmentFault, DiskError: the hub cannot be reached, or the cache cannot be written.
     """
-    faults: list[Fault] = []
-    long_rows: list[tuple[int, str]] = []
-    parts: list[tuple[str, _Gathered]] = []
-    reports: list[SourceReport] = []
-    template: ChatTemplate | None = None
-    for number, source in enumerate(sources):
-        report = SourceReport(name=source.name or source.path)
-        gathered = _Gathered()
-        found = examples(source)
-        while chunk := list(islice(found, CHUNK)):
-            faults += [item for item in chunk if isinstance(item, Fault)]
-            good = [item for item in chunk if isinstance(item, Located)]
-            if template is None and any(isinstance(item.example, Conversation) for item in good):
-                template = chat_template(tokenizer, options.chat_template, stop_ids)
-            for item, rows in _encoded(good, options, tokenizer, template, stop_ids, report):
-                if isinstance(rows, RowError):
-                    faults += [Fault(f.field, f.found, f.expected, f.fix, item.place) for f in rows.faults]
-                else:
-                    faults += _gather(rows, item, options, gathered, report, long_rows)
-        reports.append(report)
-        parts.append((report.name, _weighted(gathered, source.weight, random.Random(f"{seed}:{number}"))))
-    refuse(faults)
-    if long_rows and options.on_long_row == "error":
-        raise DataError(_too_long(long_rows, options.max_length))
-    for report, (_, gathered) in zip(reports, parts, strict=True):
-        report.rows_kept = len(gathered.ids)
-        report.tokens = sum(len(ids) for ids in gathered.ids)
-        report.trained_tokens = sum(int((labels != UNTRAINED).sum()) for labels in gathered.labels)
-    whole = DataReport(tuple(reports), options.max_length, options.on_long_row)
-    if not whole.rows_kept:
-        raise DataError(
-            f"no row is left to train on: {'; '.join(whole.lines())}; raise data.max_length or mend the data"
-        )
-    return Prepared(_dataset(parts), whole, _fingerprint([gathered for _, gathered in parts]))
-
-
-def _encoded(
-    located: Sequence[Located],
-    options: DataOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate | None,
-    stop_ids: frozenset[int],
-    report: SourceReport,
-) -> Iterator[tuple[Located, list[Tokens] | RowError]]:
-    """The token rows of each example, or its error, in order."""
-    report.rows_read += len(located)
-    plain = [item.example for item in located if not isinstance(item.example, Conversation)]
-    plain_rows = iter(encode_plain(plain, tokenizer) if plain else [])
-    rendered: list[list[Rendering] | RowError] = []
-    for item in located:
-        if isinstance(item.example, Conversation):
-            assert template is not None, "a chunk with chats has a template"
-            try:
-                rendered.append(render(item.example, template, options.loss_on))
-            except RowError as error:
-                rendered.append(error)
-            _count_turns(item.example, options, report)
-    texts = [text for group in rendered if not isinstance(group, RowError) for text in group]
-    chat_rows = iter(encode(texts, template, stop_ids) if template else [])
-    groups = iter(rendered)
-    for item in located:
-        if not isinstance(item.example, Conversation):
-            yield item, next(plain_rows)
+    findings = _Findings([], [])
+    found: list[PreparedSource] = []
+    for source in sources:
+        try:
+            found.append(_source(source, settings, cache, findings, say or (lambda line: None)))
+        except _Faulty:
             continue
-        group = next(groups)
-        if isinstance(group, RowError):
-            yield item, group
-            continue
-        pieces = [next(chat_rows) for _ in group]
-        errors = [piece for piece in pieces if isinstance(piece, RowError)]
-        yield (
-            item,
-            errors[0] if errors else [row for piece in pieces if not isinstance(piece, RowError) for row in piece],
-        )
+    refuse(findings.faults)
+    if findings.over_length:
+        raise DataError(_too_long(findings, settings.options.max_length))
+    return found
 
 
-def _count_turns(conversation: Conversation, options: DataOptions, report: SourceReport) -> None:
-    """Count what a chat holds that is not trained although it might seem so."""
-    if options.loss_on == "all":
-        return
-    turns = trained_turns(conversation, "assistant")
-    report.opening_turns += conversation.messages[0]["role"] == "assistant"
-    report.trailing_messages += len(conversation.messages) - 1 - turns[-1] if turns else 0
+def _source(
+    source: Source, settings: Settings, cache: Cache, findings: _Findings, say: Callable[[str], None]
+) -> PreparedSource:
+    where = locate(source)
+    if isinstance(where, Fault):
+        findings.faults.append(where)
+        raise _Faulty
+    made = False
 
+    def make(folder: Path) -> None:
+        nonlocal made
+        made = True
+        say(f"preparing {source.name or source.path}")
+        _write(source, settings, folder, findings)
 
-def _gather(
-    rows: list[Tokens],
-    item: Located,
-    options: DataOptions,
-    gathered: _Gathered,
-    report: SourceReport,
-    long_rows: list[tuple[int, str]],
-) -> list[Fault]:
-    """Add an example's token rows, shortened or left out as on_long_row says; a row with nothing trained is a fault."""
-    faults = []
-    report.rows_expanded += len(rows) > 1
-    report.rows_added += len(rows) - 1
-    for tokens in rows:
-        ids = np.asarray(tokens.ids, dtype=np.int32)
-        labels = np.full_like(ids, UNTRAINED)
-        for start, end in tokens.trained:
-            labels[start:end] = ids[start:end]
-        labels[:1] = UNTRAINED
-        if not (labels != UNTRAINED).any():
-            found = f"a row of {len(ids)} tokens of which none is trained"
-            faults.append(Fault("", found, "at least one", "remove the row", item.place))
-            continue
-        if len(ids) > options.max_length:
-            report.rows_over_length += 1
-            report.longest = max(report.longest, len(ids))
-            long_rows.append((len(ids), item.place))
-            if options.on_long_row == "drop":
-                report.rows_dropped += 1
-                report.tokens_lost += len(ids)
-                continue
-            report.tokens_lost += len(ids) - options.max_length
-            ids, labels = ids[: options.max_length], labels[: options.max_length]
-        if not (labels != UNTRAINED).any():
-            report.rows_dropped += 1
-            report.rows_without_answer += 1
-            report.tokens_lost += len(ids)
-            continue
-        gathered.ids.append(ids)
-        gathered.labels.append(labels)
-        gathered.row.append(item.index)
-        gathered.turn.append(tokens.turn if len(rows) > 1 else WHOLE)
-    return faults
-
-
-def _weighted(gathered: _Gathered, weight: float, draw: random.Random) -> _Gathered:
-    """The rows as often as `weight` says: whole copies, and a seeded share of raw rows for the rest, in file order."""
-    if weight == 1:
-        return gathered
-    raw = sorted(set(gathered.row))
-    copies = int(weight)
-    extra = set(draw.sample(raw, round((weight - copies) * len(raw))))
-    chosen = [*range(len(gathered.ids))] * copies + [at for at, row in enumerate(gathered.row) if row in extra]
-    return _Gathered(
-        [gathered.ids[at] for at in chosen],
-        [gathered.labels[at] for at in chosen],
-        [gathered.row[at] for at in chosen],
-        [gathered.turn[at] for at in chosen],
+    name = source.name or source.path
+    entry = cache.get_or_make(
+        _key(source, where, settings, cache), make, lambda: say(f"waiting for another process that prepares {name}")
     )
+    facts = json.loads((entry / REPORT).read_text(encoding="utf-8"))
+    report = SourceReport(**{**facts, "name": name, "notes": tuple(facts["notes"])})
+    bad = entry / QUARANTINE
+    return PreparedSource(source, SourceRows(entry / ROWS, name), report, bad if bad.is_file() else None, made)
 
 
-def _too_long(long_rows: Sequence[tuple[int, str]], max_length: int) -> str:
-    """The error of rows over max_length."""
-    longest, place = max(long_rows, key=lambda entry: entry[0])
-    shown = "\n".join(f"  {where}: {length:,} tokens" for length, where in long_rows[:SHOWN])
-    more = f"\n  … and {len(long_rows) - SHOWN} more" if len(long_rows) > SHOWN else ""
-    return (
-        f"{len(long_rows):,} row{'s are' if len(long_rows) > 1 else ' is'} longer than data.max_length ({max_length:,} "
-        f"tokens); the longest has {longest:,} ({place}); raise data.max_length, or set data.on_long_row to truncate "
-        f"or drop:\n{shown}{more}"
-    )
-
-
-def _lists(arrays: list[np.ndarray]) -> pa.Array:
-    """Int32 arrays as one Arrow list array over a flat buffer."""
-    lengths = np.fromiter((len(array) for array in arrays), dtype=np.int64, count=len(arrays))
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    flat = pa.array(np.concatenate(arrays))
-    if offsets[-1] <= np.iinfo(np.int32).max:
-        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat)
-    return pa.LargeListArray.from_arrays(pa.array(offsets), flat)
-
-
-def _dataset(parts: Sequence[tuple[str, _Gathered]]) -> datasets.Dataset:
-    """All rows in the order of their sources."""
-    kept = [gathered for _, gathered in parts]
-    table = pa.table(
+def _key(source: Source, where: LocalFiles | HubDataset, settings: Settings, cache: Cache) -> str:
+    """The name of this source's rows: by content, so that a copied or moved file is found again."""
+    if isinstance(where, HubDataset):
+        content: Any = [where.name, where.split, _hub_commit(where)]
+    else:
+        hashes = cache.file_hashes([file.path for file in where.files])
+        content = [[file.kind, file.packing, digest] for file, digest in zip(where.files, hashes, strict=True)]
+    options = settings.options
+    template = _template_hash(settings)
+    return key(
         {
-            "input_ids": _lists([ids for gathered in kept for ids in gathered.ids]),
-            "labels": _lists([labels for gathered in kept for labels in gathered.labels]),
-            "source": pa.array([name for name, gathered in parts for _ in gathered.ids], pa.string()),
-            "row": pa.array([row for gathered in kept for row in gathered.row], pa.int32()),
-            "turn": pa.array([turn for gathered in kept for turn in gathered.turn], pa.int32()),
+            "content": content,
+            "format": source.format,
+            "columns": dict(source.columns),
+            "options": {name: getattr(options, name) for name in DECIDING},
+            "template": template,
+            "tokenizer": settings.vocabulary.hash,
+            "stops": sorted(settings.stop_ids),
+            "code": code_version(),
         }
     )
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
-def _fingerprint(parts: Sequence[_Gathered]) -> str:
-    """SHA-256 over the length, ids and labels of each row, as little-endian integers."""
-    digest = hashlib.sha256()
-    for gathered in parts:
-        for ids, labels in zip(gathered.ids, gathered.labels, strict=True):
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(ids.astype("<i4").tobytes())
-            digest.update(labels.astype("<i4").tobytes())
-    return digest.hexdigest()
+def _hub_commit(where: HubDataset) -> str:
+    """The commit that a hub data set's revision stands for now."""
+    from finetune.data.hub import commit
+
+    return commit(where)
 
 
-def shared_rows(train: Prepared, validation: Prepared) -> list[tuple[str, int]]:
-    """Validation rows whose tokens are also a training row: (source, row) of each. They make validation look better."""
-    ids = train.rows.with_format("arrow")["input_ids"]
-    seen = {hashlib.sha256(_bytes(value)).digest() for value in ids}
-    found = [
-        (source, row)
-        for value, source, row in zip(
-            validation.rows.with_format("arrow")["input_ids"],
-            validation.rows["source"],
-            validation.rows["row"],
-            strict=True,
-        )
-        if hashlib.sha256(_bytes(value)).digest() in seen
-    ]
-    return list(dict.fromkeys(found))
+def _template_hash(settings: Settings) -> str:
+    try:
+        return chat_template(settings.vocabulary, settings.options.chat_template, settings.stop_ids).hash
+    except DataError:
+        if settings.options.chat_template is not None:
+            raise
+        return ""  # a base model without one, which only plain text can be trained on
 
 
-def _bytes(value: pa.Scalar) -> bytes:
-    return bytes(value.values.to_numpy().tobytes())
+def _write(source: Source, settings: Settings, folder: Path, findings: _Findings) -> None:
+    """Prepare a source into a folder of the cache; again without shortcuts if one of them was wrong."""
+    note: tuple[str, ...] = ()
+    while True:
+        target = folder / ROWS
+        try:
+            outcome = _attempt(source, settings, target)
+            break
+        except QuickDiffers as error:
+            settings = replace(settings, quick=False)
+            note += (f"every chat was rendered for itself: the quick way differs at {error}; please report this",)
+        except FastDiffers as error:
+            settings = replace(settings, vocabulary=settings.vocabulary.without_fast())
+            note += (f"fastokens was not used: it differs from the tokenizer on {str(error)[:40]!r}",)
+        for path in target.iterdir():
+            path.unlink()
+    outcome.report.notes += note
+    options = settings.options
+    whole_source = [fault for fault in outcome.faults if fault.index < 0]
+    if outcome.faults and (options.on_bad_row == "error" or whole_source):
+        findings.faults += outcome.faults if options.on_bad_row == "error" else whole_source
+        raise _Faulty
+    if outcome.report.rows_over_length and options.on_long_row == "error":
+        findings.over_length += outcome.report.rows_over_length
+        findings.long_rows += outcome.long_rows
+        raise _Faulty
+    if outcome.faults:
+        outcome.report.rows_quarantined = quarantine.write(folder / QUARANTINE, outcome.faults)
+    (folder / REPORT).write_text(json.dumps(asdict(outcome.report)), encoding="utf-8")
+
+
+def _attempt(source: Source, settings: Settings, folder: Path) -> Chunk:
+    """Write all rows of a source; the block of what is returned is None."""
+    total = Chunk(None, [], SourceReport(source.name or source.path))
+    folder.mkdir(exist_ok=True)
+    with RowsWriter(folder) as writer:
+        for chunk in _chunks(source, settings):
+            if chunk.block is not None:
+                writer.add(chunk.block)
+            total.faults += chunk.faults
+            total.report.add(chunk.report)
+            total.long_rows += chunk.long_rows
+            total.long_rows = [*total.long_rows[:SHOWN], *([max(total.long_rows)] if total.long_rows else [])]
+    return total
+
+
+def _chunks(source: Source, settings: Settings) -> Iterator[Chunk]:
+    """The chunks of a source in order, from this process or from several."""
+    work = pieces(source)
+    if isinstance(work, Fault):
+        yield Chunk(None, [work], SourceReport(""))
+        return
+    layout = layout_of(source)
+    if isinstance(layout, Fault):
+        yield Chunk(None, [layout], SourceReport(""))
+        return
+    count = _processes(settings.options, work)
+    if count == 1:
+        engine = Engine(settings)
+        for piece in work:
+            yield from _piece_chunks(piece, source, layout, engine)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(settings,)) as pool:
+        waiting: deque[Future[Chunk]] = deque()
+        rest = iter(work)
+        try:
+            for piece in islice(rest, count * AHEAD):
+                waiting.append(
+                    pool.submit(_one_piece, piece, source, layout.name if source.format == "auto" else source.format)
+                )
+            while waiting:
+                done = waiting.popleft().result()
+                for piece in islice(rest, 1):
+                    waiting.append(
+                        pool.submit(
+                            _one_piece, piece, source, layout.name if source.format == "auto" else source.format
+                        )
+                    )
+                yield done
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _processes(options: DataOptions, work: Sequence[Piece]) -> int:
+    """How many processes prepare a source of these pieces."""
+    cores = len(os.sched_getaffinity(0))
+    asked = options.num_proc
+    if asked is None and sum(piece.size for piece in work) < WORTH_A_PROCESS:
+        return 1
+    return max(1, min(asked or cores, len(work)))
+
+
+_ENGINE: list[Engine] = []  # of this worker process
+
+
+def _begin(settings: Settings) -> None:
+    _ENGINE[:] = [Engine(settings)]
+
+
+def _one_piece(piece: Piece, source: Source, format_name: str) -> Chunk:
+    """All rows of a piece, in a worker process."""
+    layout = resolve("format", format_name, FORMATS)
+    assert isinstance(layout, Format), "the parent has found the format"
+    total = Chunk(None, [], SourceReport(""))
+    blocks = []
+    for chunk in _piece_chunks(piece, source, layout, _ENGINE[0]):
+        blocks.append(chunk.block)
+        total.faults += chunk.faults
+        total.report.add(chunk.report)
+        total.long_rows += chunk.long_rows
+    total.block = together(blocks)
+    return total
+
+
+def _piece_chunks(piece: Piece, source: Source, layout: Format, engine: Engine) -> Iterator[Chunk]:
+    found = piece_examples(piece, source, layout)
+    while group := list(islice(found, CHUNK)):
+        faults = [item for item in group if isinstance(item, Fault)]
+        chunk = engine.chunk([item for item in group if isinstance(item, Located)])
+        chunk.faults = [*faults, *chunk.faults]
+        chunk.report.rows_read += len({fault.index for fault in faults if fault.index >= 0})
+        yield chunk
+
+
+def _too_long(findings: _Findings, max_length: int) -> str:
+    """The error of rows over max_length."""
+    rows = findings.long_rows
+    longest, place = max(rows, key=lambda entry: entry[0])
+    shown = "\n".join(f"  {where}: {length:,} tokens" for length, where in rows[:SHOWN])
+    count = findings.over_length
+    more = f"\n  … and {count - SHOWN} more" if count > SHOWN else ""
+    return (
+        f"{count:,} row{'s are' if count > 1 else ' is'} longer than data.max_length ({max_length:,} tokens); the "
+        f"longest has {longest:,} ({place}); raise data.max_length, or set data.on_long_row to truncate, drop or "
+        f"split:\n{shown}{more}"
+    )

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from finetune.data.encode import all_ids
 from finetune.data.examples import Located, examples, refuse
-from finetune.data.render import ChatTemplate, chat_template, trained_turns
+from finetune.data.render import trained_turns
+from finetune.data.shield import shielded
+from finetune.data.template import ChatTemplate, Control, chat_template, control_tokens
+from finetune.data.tokenizer import Vocabulary
 from finetune.errors import DataError
 from finetune.formats.example import Conversation, Fault, PromptCompletion, RowError
 from finetune.recipe.sections import Source
@@ -71,7 +75,9 @@ def questions(
     """
     found: list[Question] = []
     faults: list[Fault] = []
+    vocabulary = Vocabulary.of(tokenizer)
     template: ChatTemplate | None = None
+    control = Control(())
     for source in sources:
         for item in examples(source):
             if isinstance(item, Fault):
@@ -80,9 +86,10 @@ def questions(
             if limit is not None and len(found) >= limit:
                 break
             if template is None and isinstance(item.example, Conversation):
-                template = chat_template(tokenizer, template_file, stop_ids)
+                template = chat_template(vocabulary, template_file, stop_ids)
+                control = control_tokens(vocabulary, template)
             try:
-                found.append(_question(item, tokenizer, template))
+                found.append(_question(item, vocabulary, template, control))
             except RowError as error:
                 faults += [Fault(f.field, f.found, f.expected, f.fix, item.place) for f in error.faults]
     refuse(faults)
@@ -91,10 +98,10 @@ def questions(
     return found
 
 
-def _question(item: Located, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Question:
+def _question(item: Located, vocabulary: Vocabulary, template: ChatTemplate | None, control: Control) -> Question:
     example = item.example
     if isinstance(example, PromptCompletion):
-        return Question(_plain_ids(example.prompt, tokenizer), example.prompt, example.completion, item.place)
+        return Question(_plain_ids(example.prompt, vocabulary), example.prompt, example.completion, item.place)
     if not isinstance(example, Conversation):
         fault = Fault("", "plain text", "a chat, or a prompt with its completion", "evaluate on such rows", item.place)
         raise RowError([fault])
@@ -107,15 +114,14 @@ def _question(item: Located, tokenizer: PreTrainedTokenizerBase, template: ChatT
     if not example.messages[turn].get("content"):
         fault = Fault(f"messages[{turn}].content", "no text", "the answer's text", "leave rows of tool calls out")
         raise RowError([fault])
-    text = template.render(example.messages[:turn], example.tools, asking=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    safe = shielded(example, control)
+    ids = all_ids(vocabulary.encoder, [template.render(safe.messages[:turn], safe.tools, asking=True)])[0]
     shown = str(example.messages[turn - 1].get("content") or "")
     return Question(tuple(ids), shown, str(example.messages[turn]["content"]), item.place)
 
 
-def _plain_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _plain_ids(prompt: str, vocabulary: Vocabulary) -> tuple[int, ...]:
     """The ids before a completion, as in training: BOS where the tokenizer puts one, and never an EOS."""
-    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    leads = bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos]
-    return tuple([bos, *ids] if leads and ids[:1] != [bos] else ids)
+    ids = vocabulary.encoder.ids(prompt)
+    bos = vocabulary.bos_id
+    return tuple([bos, *ids] if bos is not None and vocabulary.leads and ids[:1] != [bos] else ids)

@@ -12,8 +12,9 @@ with what an earlier turn wrote, and no single text holds both as they are serve
 as hold every turn in the context that a server would send.
 
 A generation prompt that says more than the finished turn does: where it adds a closed block (such as an empty pair of
-think tags), the row is that prompt and the answer, because that is what is served. Where it opens a block that the
-finished turn does not have (DeepSeek-R1 opens <think> and drops the reasoning), no row could equal serving: refused.
+think tags), the row is that prompt and the answer, because that is what is served. Where it opens a block of
+reasoning that the finished turn drops (DeepSeek-R1 opens <think>), the row is that prompt, the message's reasoning, the
+end of the block and the answer. Where no row could equal serving, the template is refused.
 
 No end-of-turn token of its own: GLM-4 ends a turn with the next turn's role token. What the template writes next is
 looked at, and when it begins with a stop token, that token belongs to the turn.
@@ -22,115 +23,77 @@ looked at, and when it begins with a stop token, that token belongs to the turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from finetune.data.template import REASONING, ChatTemplate
 from finetune.errors import DataError
 from finetune.formats.example import Conversation, Fault, RowError, shorten
+from finetune.recipe.sections import DataOptions
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-LossOn = Literal["assistant", "last_assistant", "all"]
+LossOn = Literal["assistant", "last_assistant", "all"] | tuple[str, ...]
+History = Literal["expand", "last", "as_rendered"]
 WHOLE = -1
 TAG = re.compile(r"<(/?)([A-Za-z_][\w-]*)>")
+THOUGHT = "</think>"  # how reasoning ends where it stands in the content itself
+MARKS = ("0 0", "1 1")  # two texts that share no first and no last character
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is trained.
+
+    Attributes:
+        loss_on: data.loss_on.
+        thinking: data.loss_on_thinking.
+        history: data.history.
+    """
+
+    loss_on: LossOn = "assistant"
+    thinking: bool = True
+    history: History = "expand"
+
+    @classmethod
+    def of(cls, options: DataOptions) -> Masking:
+        """As a data section says."""
+        return cls(options.loss_on, options.loss_on_thinking, options.history)
+
+    @property
+    def others(self) -> frozenset[str]:
+        """Roles beside the assistant's that are trained."""
+        return frozenset(self.loss_on) - {"assistant"} if isinstance(self.loss_on, tuple) else frozenset()
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters `start` to `end` of a text, trained as message `turn`; WHOLE when they are no single message."""
+    """Characters `start` to `end` of a text, trained as message `turn`; WHOLE when they are no single message.
+
+    Attributes:
+        answer: whether it is the assistant's, which must end with a stop token.
+    """
 
     start: int
     end: int
     turn: int
+    answer: bool = True
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """One row as text. Spans are in order, do not overlap, and the last one ends where the text ends."""
+    """One row as text. Spans are in order and do not overlap."""
 
     text: str
     spans: tuple[Span, ...]
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A tokenizer's chat template, or one from a file in its place.
-
-    Attributes:
-        tokenizer: what renders it.
-        source: Jinja text, or None for the tokenizer's own.
-        name: how errors call it.
-        stops: the texts of the tokens that end a turn.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    source: str | None
-    name: str
-    stops: tuple[str, ...]
-
-    def render(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, *, asking: bool = False
-    ) -> str:
-        """The text of `messages`; with `asking`, followed by the generation prompt.
-
-        Raises:
-            RowError: the template refuses the messages or fails on them.
-        """
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) if tools else None,
-                    chat_template=self.source,
-                    add_generation_prompt=asking,
-                    tokenize=False,
-                )
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            roles = ", ".join(str(message["role"]) for message in messages) or "none"
-            found = f"messages that the {self.name} refuses ({type(error).__name__}: {error}); roles {roles}"
-            fix = "change the messages, or set data.chat_template to a template that takes them"
-            raise RowError([Fault("messages", found, "messages the template takes", fix)]) from error
-
-
-def chat_template(tokenizer: PreTrainedTokenizerBase, file: str | None, stop_ids: frozenset[int]) -> ChatTemplate:
-    """The template chats are rendered with.
-
-    Args:
-        tokenizer: the base model's.
-        file: a Jinja file that replaces its template, or None.
-        stop_ids: the tokens that end a turn.
-
-    Raises:
-        DataError: the file cannot be read, or there is no template at all.
-    """
-    stops = tuple(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if token)
-    if file is not None:
-        try:
-            source = Path(file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"data.chat_template: {file}: cannot be read ({reason}); name a Jinja file") from error
-        return ChatTemplate(tokenizer, source, f"chat template {file}", stops)
-    name = tokenizer.name_or_path or type(tokenizer).__name__
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"the tokenizer of {name} has no chat template, and the data holds chats; set data.chat_template to a "
-            "Jinja file, name an instruction-tuned base model, or give prompt and completion as plain text"
-        )
-    return ChatTemplate(tokenizer, None, f"chat template of {name}", stops)
-
-
 def trained_turns(conversation: Conversation, loss_on: LossOn) -> list[int]:
-    """Indexes of the messages that are trained, `all` aside: assistant turns that answer something.
+    """Indexes of the assistant messages that are trained, `all` aside: turns that answer something.
 
     An assistant message that opens a chat answers nothing, so no server could ask for it: it is context.
     """
+    if isinstance(loss_on, tuple) and "assistant" not in loss_on:
+        return []
     turns = [
         index
         for index, message in enumerate(conversation.messages)
@@ -139,32 +102,67 @@ def trained_turns(conversation: Conversation, loss_on: LossOn) -> list[int]:
     return turns[-1:] if loss_on == "last_assistant" else turns
 
 
-def render(conversation: Conversation, template: ChatTemplate, loss_on: LossOn) -> list[Rendering]:
+def render(conversation: Conversation, template: ChatTemplate, masking: Masking) -> list[Rendering]:
     """The row or rows that a chat becomes, in order of their last turn.
 
-    Messages after the last trained turn are left out, since nothing that is trained could see them.
+    Messages after the last trained one are left out, since nothing that is trained could see them.
 
     Raises:
-        RowError: the template refuses the messages, or no turn is trained.
+        RowError: the template refuses the messages, or no message is trained.
         DataError: the template's generation prompt cannot be reconciled with its finished turns.
     """
-    if loss_on == "all":
+    if masking.loss_on == "all":
         text = template.render(conversation.messages, conversation.tools)
         return [Rendering(text, (Span(0, len(text), WHOLE),))]
-    turns = trained_turns(conversation, loss_on)
-    if not turns:
+    turns = trained_turns(conversation, masking.loss_on)
+    others = [at for at, message in enumerate(conversation.messages) if message["role"] in masking.others]
+    if not turns and not others:
         found, expected = "no assistant turn that is trained", "one after another message and without weight: 0"
+        if isinstance(masking.loss_on, tuple):
+            found, expected = "no message of a trained role", f"one of {', '.join(masking.loss_on)}"
         raise RowError([Fault("messages", found, expected, "add one or remove the row")])
-    rows: list[tuple[str, list[Span]]] = []
+    if masking.history == "as_rendered" or not turns:
+        rows = [_as_rendered(conversation, turns, others, template)]
+    else:
+        rows = _as_served(conversation, turns, template)
+        if masking.history == "last":
+            rows = rows[-1:]
+    if not masking.thinking:
+        rows = [_without_thinking(conversation, row, template) for row in rows]
+    if others:
+        rows = _with_others(conversation, rows, others, template)
+    return [Rendering(row.text, tuple(sorted(row.spans, key=lambda span: span.start))) for row in rows]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row while it is made.
+
+    Attributes:
+        text: the row.
+        spans: what is trained of it.
+        again: the text of the same row of a chat with other words in it.
+        last: index of its last message.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    again: Callable[[Conversation], str]
+    last: int
+
+
+def _as_served(conversation: Conversation, turns: Sequence[int], template: ChatTemplate) -> list[_Row]:
+    """As few rows as hold each turn after exactly what a server sends for it."""
+    rows: list[_Row] = []
     for turn in reversed(turns):
         prompt, whole = _turn(conversation, turn, template)
         span = Span(len(prompt), len(whole), turn)
-        holder = next((spans for text, spans in rows if text.startswith(whole)), None)
-        if holder is None:
-            rows.append((whole, [span]))
+        at = next((number for number, row in enumerate(rows) if row.text.startswith(whole)), None)
+        if at is None:
+            rows.append(_Row(whole, (span,), lambda other, turn=turn: _turn(other, turn, template)[1], turn))  # type: ignore[misc]
         else:
-            holder.insert(0, span)
-    return [Rendering(text, tuple(spans)) for text, spans in reversed(rows)]
+            rows[at] = replace(rows[at], spans=(span, *rows[at].spans))
+    return rows[::-1]
 
 
 def _turn(conversation: Conversation, turn: int, template: ChatTemplate) -> tuple[str, str]:
@@ -185,19 +183,54 @@ def _joined(prompt: str, through: str, conversation: Conversation, turn: int, te
     to it.
     """
     messages, tools = conversation.messages, conversation.tools
-    probes = [
-        template.render((*messages[:turn], {**messages[turn], "content": mark}), tools) for mark in ("0 0", "1 1")
-    ]
+    probes = [template.render(_with(conversation, turn, mark).messages[: turn + 1], tools) for mark in MARKS]
     header = _shared_start(*probes)
-    known = bool(messages[turn]["content"].strip()) and prompt.startswith(header) and through.startswith(header)
-    added = prompt[len(_shared_start(prompt, through)) :]
-    if known and _closed(prompt[len(header) :]):
-        return prompt + through[len(header) :]
+    filled = bool(messages[turn]["content"].strip())
+    added = prompt[len(_shared_start(prompt, header)) :]
+    if filled and through.startswith(header):
+        if prompt.startswith(header) and _open_tags(added) == []:
+            return prompt + through[len(header) :]
+        if _open_tags(prompt[len(_shared_line(prompt, header)) :]) == ["think"]:
+            return _thought_out(prompt, through[len(header) :], conversation, turn, template)
     raise DataError(
         f"the {template.name} asks for an answer with {shorten(added)}, which its finished turns do not have "
         f"(messages[{turn}]): no row could equal what a server sends. Set data.chat_template to a copy of the template "
         "whose generation prompt is how an assistant turn begins"
     )
+
+
+def _shared_line(one: str, other: str) -> str:
+    """What both texts begin with, up to where a tag that only one of them finishes begins."""
+    shared = _shared_start(one, other)
+    cut = shared.rfind("<think")
+    return shared[:cut] if cut >= 0 and THOUGHT not in shared[cut:] else shared
+
+
+def _thought_out(prompt: str, answer: str, conversation: Conversation, turn: int, template: ChatTemplate) -> str:
+    """The served prompt, which opens a block of reasoning, the reasoning, its end, and the answer.
+
+    The finished turn drops the reasoning, so it is taken from the message; a message without any ends the block at
+    once. How a block ends is read off a rendering that keeps its reasoning, where the template has one.
+    """
+    message = conversation.messages[turn]
+    content = message["content"]
+    thought = next((message[name] for name in REASONING if message.get(name)), "")
+    if not thought and THOUGHT in content:
+        thought = content.rpartition(THOUGHT)[0].partition("<think>")[2] or content.rpartition(THOUGHT)[0]
+    ending = f"\n{THOUGHT}\n\n"
+    mark, words = MARKS
+    kept = _with(conversation, turn, words, reasoning_content=mark).messages[: turn + 1]
+    shown = template.render(kept, conversation.tools)
+    if shown.startswith(prompt + mark) and words in shown[len(prompt + mark) :]:
+        ending = shown[len(prompt + mark) : shown.index(words, len(prompt + mark))]
+    return prompt + thought.strip() + ending + answer.lstrip("\n")
+
+
+def _with(conversation: Conversation, index: int, content: str, **fields: str) -> Conversation:
+    """The chat with other words in one message."""
+    messages = list(conversation.messages)
+    messages[index] = {**messages[index], "content": content, **fields}
+    return replace(conversation, messages=tuple(messages))
 
 
 def _shared_start(one: str, other: str) -> str:
@@ -206,15 +239,20 @@ def _shared_start(one: str, other: str) -> str:
     return one[:length]
 
 
-def _closed(text: str) -> bool:
-    """Whether every tag that `text` opens is closed in it."""
+def _shared_end(one: str, other: str) -> int:
+    """How many characters both texts end with."""
+    return len(_shared_start(one[::-1], other[::-1]))
+
+
+def _open_tags(text: str) -> list[str] | None:
+    """The tags that `text` opens and does not close; None when it closes one that it did not open."""
     open_tags: list[str] = []
     for closing, name in TAG.findall(text):
         if not closing:
             open_tags.append(name)
         elif not open_tags or open_tags.pop() != name:
-            return False
-    return not open_tags
+            return None
+    return open_tags
 
 
 def _next_turns_stop(through: str, conversation: Conversation, turn: int, template: ChatTemplate) -> str:
@@ -228,4 +266,124 @@ def _next_turns_stop(through: str, conversation: Conversation, turn: int, templa
     except RowError:
         return ""
     following = longer[len(through) :] if longer.startswith(through) else ""
-    return max((stop for stop in template.stops if following.startswith(stop)), key=len, default="")
+    return _stop_at(following, 0, template)
+
+
+def _stop_at(text: str, position: int, template: ChatTemplate) -> str:
+    """The stop token that stands at `position`; empty when none does."""
+    return max((stop for stop in template.stops if text.startswith(stop, position)), key=len, default="")
+
+
+def _place(
+    conversation: Conversation, index: int, again: Callable[[Conversation], str], text: str
+) -> tuple[int, int] | None:
+    """Where the words of message `index` stand in a row's text, reasoning aside; None when they are not in it.
+
+    Two chats that differ in these words alone give texts that differ exactly there. Words that the template keeps only
+    a part of are told apart from the rest by the part behind reasoning.
+    """
+    content = conversation.messages[index].get("content") or ""
+    kept = content[: len(content) - len(content.rpartition(THOUGHT)[2].lstrip())] if THOUGHT in content else ""
+    one, other = (again(_with(conversation, index, kept + mark)) for mark in MARKS)
+    start = len(_shared_start(one, other))
+    if start == len(one) == len(other):
+        return None
+    end = len(text) - _shared_end(one, other)
+    return (start, max(start, end)) if text[:start] == one[:start] else None
+
+
+def _without_thinking(conversation: Conversation, row: _Row, template: ChatTemplate) -> _Row:
+    """The row with each answer trained from its visible words on."""
+    spans = []
+    for span in row.spans:
+        message = conversation.messages[span.turn]
+        place = _place(conversation, span.turn, row.again, row.text)
+        start = place[0] if place else span.start
+        if not (message.get("content") or "").strip():  # tool calls alone: what follows the reasoning
+            start = _reasoning_end(conversation, span.turn, row)
+        spans.append(replace(span, start=min(max(span.start, start), span.end)))
+    return replace(row, spans=tuple(spans))
+
+
+def _reasoning_end(conversation: Conversation, turn: int, row: _Row) -> int:
+    """Where the reasoning of a turn without words ends in its row; 0 when it has none."""
+    message = conversation.messages[turn]
+    name = next((key for key in REASONING if message.get(key)), None)
+    if name is None:
+        return 0
+    one, other = (row.again(_with(conversation, turn, "", **{name: mark})) for mark in MARKS)
+    return len(row.text) - _shared_end(one, other) if one != other else 0
+
+
+def _as_rendered(
+    conversation: Conversation, turns: Sequence[int], others: Sequence[int], template: ChatTemplate
+) -> _Row:
+    """The finished chat as one row, each answer trained where it stands there."""
+    last = max((*turns, *others))
+
+    def again(other: Conversation) -> str:
+        return template.render(other.messages[: last + 1], other.tools)
+
+    text = again(conversation)
+    spans, behind = [], 0
+    for turn in turns:
+        place = _place(conversation, turn, again, text)
+        if place is None:
+            fix = "set data.history to expand, or leave the row out"
+            raise RowError([Fault(f"messages[{turn}]", "a turn that the finished chat drops", "it there", fix)])
+        before = template.render(conversation.messages[:turn], conversation.tools)
+        asked = template.render(conversation.messages[:turn], conversation.tools, asking=True)
+        # The generation prompt stands between the words before and the answer's own, or the answer begins at its words.
+        at = text.find(asked[len(before) :], behind, place[0]) if asked.startswith(before) and asked != before else -1
+        start = at + len(asked) - len(before) if at >= 0 else place[0]
+        end = place[1]
+        if turn == last:
+            end = len(text)
+            tail = (
+                ""
+                if text[start:].rstrip().endswith(template.stops)
+                else _next_turns_stop(text, conversation, turn, template)
+            )
+            text += tail
+            end += len(tail)
+        else:
+            end = _through_stop(text, end, _begin(conversation, turn + 1, again, text), template)
+        spans.append(Span(start, end, turn))
+        behind = place[1]
+    return _Row(text, tuple(spans), again, last)
+
+
+def _begin(conversation: Conversation, index: int, again: Callable[[Conversation], str], text: str) -> int:
+    """Where the words of the next message begin; the end of the text where they are not in it."""
+    place = _place(conversation, index, again, text) if index < len(conversation.messages) else None
+    return place[0] if place else len(text)
+
+
+def _through_stop(text: str, start: int, end: int, template: ChatTemplate) -> int:
+    """The end of the first stop token between two messages' words; `start` when there is none."""
+    found = [(at, -len(stop)) for stop in template.stops if (at := text.find(stop, start, end)) >= 0]
+    if not found:
+        return start
+    at, length = min(found)
+    return at - length
+
+
+def _with_others(
+    conversation: Conversation, rows: Sequence[_Row], others: Sequence[int], template: ChatTemplate
+) -> list[_Row]:
+    """The rows with messages of other roles trained, each once, in the first row that holds it: its words and what
+    ends them."""
+    made = list(rows)
+    for index in others:
+        for number, row in enumerate(made):
+            if index > row.last:
+                continue
+            place = _place(conversation, index, row.again, row.text)
+            if place is None:
+                continue
+            following = _begin(conversation, index + 1, row.again, row.text) if index < row.last else len(row.text)
+            end = _through_stop(row.text, place[1], following, template)
+            if end > place[0]:
+                made[number] = replace(row, spans=(*row.spans, Span(place[0], end, index, answer=False)))
+            break
+    return made
