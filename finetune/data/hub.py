@@ -58,3 +58,17 @@ def _row(values: Any) -> dict[str, Any]:
 
 def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def commit(where: HubDataset) -> str:
+    """The commit that the revision of a data set stands for now; the revision itself where the hub does not answer."""
+    revision = where.revision or "main"
+    if len(revision) == 40 and all(letter in "0123456789abcdef" for letter in revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(where.name, revision=revision).sha)
+    except (HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, OSError, ValueError):
+        return revision  # what is wrong with it is told when its rows are read

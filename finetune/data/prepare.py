@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -147,6 +148,7 @@ def _key(source: Source, where: LocalFiles | HubDataset, settings: Settings, cac
             "tokenizer": settings.vocabulary.hash,
             "stops": sorted(settings.stop_ids),
             "code": code_version(),
+            "versions": [version(name) for name in ("jinja2", "tokenizers")],
         }
     )
 
@@ -226,26 +228,22 @@ def _chunks(source: Source, settings: Settings) -> Iterator[Chunk]:
     count = _processes(settings.options, work)
     if count == 1:
         engine = Engine(settings)
+        settings.vocabulary.encoder.expect(sum(piece.size for piece in work))
         for piece in work:
             yield from _piece_chunks(piece, source, layout, engine)
         return
     context = get_context("spawn")
+    named = layout.name if source.format == "auto" else source.format
     with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(settings,)) as pool:
         waiting: deque[Future[Chunk]] = deque()
         rest = iter(work)
         try:
             for piece in islice(rest, count * AHEAD):
-                waiting.append(
-                    pool.submit(_one_piece, piece, source, layout.name if source.format == "auto" else source.format)
-                )
+                waiting.append(pool.submit(_one_piece, piece, source, named))
             while waiting:
                 done = waiting.popleft().result()
                 for piece in islice(rest, 1):
-                    waiting.append(
-                        pool.submit(
-                            _one_piece, piece, source, layout.name if source.format == "auto" else source.format
-                        )
-                    )
+                    waiting.append(pool.submit(_one_piece, piece, source, named))
                 yield done
         finally:
             for future in waiting:
@@ -268,9 +266,9 @@ def _begin(settings: Settings) -> None:
     _ENGINE[:] = [Engine(settings)]
 
 
-def _one_piece(piece: Piece, source: Source, format_name: str) -> Chunk:
+def _one_piece(piece: Piece, source: Source, named: str) -> Chunk:
     """All rows of a piece, in a worker process."""
-    layout = resolve("format", format_name, FORMATS)
+    layout = resolve("format", named, FORMATS)
     assert isinstance(layout, Format), "the parent has found the format"
     total = Chunk(None, [], SourceReport(""))
     blocks = []
