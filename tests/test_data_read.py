@@ -292,8 +292,8 @@ def test_two_formats_at_once_ask_for_one() -> None:
         ),
         (
             {"prompt": "a", "completion": "b", "label": 1},
-            "a.jsonl: found rows of the kind unpaired; expected messages or prompt_completion or text; to imitate every "
-            "completion whatever its label, set the source's format to prompt_completion",
+            "a.jsonl: found rows of the kind unpaired; expected messages or prompt_completion or text; to imitate "
+            "every completion whatever its label, set the source's format to prompt_completion",
         ),
         (
             {"prompt": "a", "answer": "b"},

@@ -217,3 +217,121 @@ def test_sharegpt_speakers_become_roles() -> None:
     assert isinstance(example, Conversation)
     assert [message["role"] for message in example.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert example.context == {2}
+
+
+def test_sharegpt_calls_and_observations_become_tool_turns() -> None:
+    turns = [
+        {"from": "human", "value": "Weather in Oslo?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        {"from": "observation", "value": "4 degrees"},
+        {"from": "gpt", "value": "It is 4 degrees."},
+    ]
+    row = {"conversations": turns, "tools": '[{"name": "weather"}]'}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    assert layout("sharegpt").to_example(row) == Conversation(
+        (
+            {"role": "user", "content": "Weather in Oslo?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "4 degrees"},
+            {"role": "assistant", "content": "It is 4 degrees."},
+        ),
+        ({"name": "weather"},),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("weather in Oslo", "conversations[1].value: found text ('weather in Oslo'); expected a call as a JSON object"),
+        ('{"name": "f"', 'conversations[1].value: found text (\'{"name": "f"\'); expected a call as a JSON object'),
+        (
+            '{"arguments": {}}',
+            "conversations[1].value: found an object with keys arguments; expected a function with a",
+        ),
+        (
+            '[{"name": "f"}, {"name": 5}]',
+            "conversations[1].value[1]: found an object with keys name; expected a function",
+        ),
+        (
+            '{"name": "f", "arguments": [1]}',
+            "conversations[1].value.arguments: found a list of 1; expected a JSON object",
+        ),
+        (None, "conversations[1].value: found null; expected a call as a JSON object"),
+    ],
+)
+def test_bad_call_in_sharegpt_names_the_turn(value: Any, expected: str) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": value}]
+    found = faults("sharegpt", {"conversations": turns})
+    assert len(found) == 1
+    assert found[0].startswith(expected)
+
+
+def test_openais_older_function_call_becomes_a_tool_call() -> None:
+    answer = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}}
+    del answer["content"]
+    example = layout("messages").to_example(chat(USER, answer))
+    assert isinstance(example, Conversation)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert example.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("spelling", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_known_by_each_of_its_names(spelling: str) -> None:
+    example = layout("messages").to_example(chat(USER, {**ANSWER, spelling: "It has no divisor."}))
+    assert isinstance(example, Conversation)
+    assert example.messages[1] == {**ANSWER, "reasoning_content": "It has no divisor."}
+    assert (
+        "reasoning_content: found a number (3); expected text"
+        in faults("messages", chat(USER, {**ANSWER, spelling: 3}))[0]
+    )
+
+
+def test_two_reasonings_that_differ_are_a_fault() -> None:
+    both = {**ANSWER, "reasoning_content": "a", "reasoning": "a"}
+    assert layout("messages").to_example(chat(USER, both)) == Conversation((USER, {**ANSWER, "reasoning_content": "a"}))
+    (found,) = faults("messages", chat(USER, {**both, "thinking": "b"}))
+    assert found.startswith(
+        "messages[1].thinking: found another text than in reasoning_content; expected one reasoning"
+    )
+
+
+def test_json_in_text_is_read_as_strictly_as_json() -> None:
+    doubled = '[{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]'
+    assert faults("messages", {"messages": doubled})[0].startswith("messages: found text (")
+    for arguments, told in [('{"a": 1, "a": 2}', "the key 'a' twice"), ('{"a": "\\ud83d"}', "half of a character")]:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        assert told in faults("messages", chat(USER, {"role": "assistant", "tool_calls": [call]}))[0]
+    assert faults("messages", {"messages": "[" * 100_000})[0].startswith("messages: found text ('[[[")
+
+
+def test_plain_messages_are_taken_as_they_are_and_others_checked() -> None:
+    """The quick way and the thorough way agree: a key that is null is the only difference between these rows."""
+    rows = [
+        chat(USER, ANSWER),
+        chat({"role": "system", "content": ""}, USER, ANSWER),
+        chat({"role": "developer", "content": "x"}, {"role": "user", "content": ""}, ANSWER),
+        chat(USER, ANSWER, {"role": "tool", "content": "x"}, ANSWER),
+    ]
+    for row in rows:
+        slow = chat(*({**message, "name": None} for message in row["messages"]))
+        assert layout("messages").to_example(slow) == layout("messages").to_example(row)
+    for row in [
+        chat(USER, {"role": "assistant", "content": "\n"}),
+        chat(USER, {"role": "system", "content": "x"}, ANSWER),
+        chat({"role": ["user"], "content": "x"}, ANSWER),
+        chat({"role": "user", "text": "x"}, ANSWER),
+    ]:
+        slow = chat(*({**message, "name": None} for message in row["messages"]))
+        assert faults("messages", slow) == faults("messages", row)
+
+
+def test_typed_parts_of_other_interfaces_are_text_too() -> None:
+    parts = [{"type": "input_text", "text": "a"}, "b", {"type": "output_text", "text": "c", "image": None}]
+    example = layout("messages").to_example(chat({"role": "user", "content": parts}, ANSWER))
+    assert isinstance(example, Conversation)
+    assert example.messages[0]["content"] == "a\nb\nc"
+
+
+def test_a_message_alone_is_a_list_of_one_in_prompt_and_completion() -> None:
+    example = layout("prompt_completion").to_example({"prompt": USER, "completion": ANSWER})
+    assert example == Conversation((USER, ANSWER), context=frozenset({0}))
