@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -98,7 +99,7 @@ def train(
     losses: list[float] = []
     while len(losses) < steps:
         epoch = len(losses) * batch // len(rows)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        order = np.argsort(np.random.PCG64([seed, epoch]).random_raw(len(rows)), kind="stable").tolist()
         for start in range(0, len(rows), batch):
             picked = [rows[index] for index in order[start : start + batch]]
             loss = model(**pad(picked, tokenizer.pad_token_id)).loss

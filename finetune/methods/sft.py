@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, Any
 from finetune.methods.method import Method
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
     from finetune.run.folder import RunFolder
-    from finetune.run.trainer import RowCollator, Trainer
+    from finetune.run.trainer import RowCollator, Schedule, Trainer
 
 
 def trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     arguments: SFTConfig,
-    train: Dataset,
-    validation: Dataset | None,
+    train: Schedule,
+    validation: Schedule | None,
     collate: RowCollator,
     folder: RunFolder,
     callbacks: list[TrainerCallback],
@@ -31,7 +30,7 @@ def trainer(
         model: the base with its adapter, or the base alone for full fine-tuning.
         tokenizer: the base's tokenizer.
         arguments: from `finetune.run.arguments.trainer_arguments`.
-        train: prepared rows.
+        train: prepared rows in their order (finetune.data.order).
         validation: prepared rows, or None.
         collate: makes batches of prepared rows.
         folder: the run's folder.
@@ -44,8 +43,8 @@ def trainer(
     made = Trainer(
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
+        train=train,
+        validation=validation,
         processing_class=tokenizer,
         collate=collate,
         folder=folder,

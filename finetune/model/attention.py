@@ -44,16 +44,30 @@ class NotIsolated(ValueError):
     """The model asks for something that attention over documents does not do."""
 
 
-def isolate(model: Any, kernel: str) -> None:
+def isolate(model: Any, kernel: str) -> str:
     """Let a model attend within documents; a model that cannot keeps its own attention, which a probe must find.
 
     Args:
         model: a transformers model, with or without an adapter.
         kernel: "eager", "sdpa", or the name of an implementation of transformers that finds documents by itself.
+
+    Returns:
+        The name under which transformers knows that attention.
     """
     for name, registered in ISOLATED.items():
         AttentionInterface.register(registered, functools.partial(attend, kernel=name))
-    model.set_attn_implementation(ISOLATED.get(kernel, kernel))
+    isolated = ISOLATED.get(kernel, kernel)
+    model.set_attn_implementation(isolated)
+    return isolated
+
+
+def attention_width(model: Any) -> float:
+    """About how many tokens a token must attend to before that costs as much as the rest of the model.
+
+    A layer of width h has about 12 h² weights, each one product per token; causal attention makes h products for each
+    pair of tokens of a document.
+    """
+    return 12.0 * model.config.get_text_config().hidden_size
 
 
 def attend(

@@ -14,12 +14,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from finetune.compat import keep_4bit_unpacked
 from finetune.errors import EnvironmentFault, ModelError
+from finetune.model.attention import EAGER_UP_TO
 from finetune.model.folder import Base
 from finetune.recipe.sections import ModelOptions
-
-# On a CPU the backward pass of torch's flash attention takes 30 % of a step of short rows; eager attention is faster up
-# to about this many tokens, where its quadratic score matrix begins to cost more than it saves.
-EAGER_UP_TO = 512
 
 # What transformers raises on a folder it cannot make a model of. RuntimeError is not among them: it may be memory.
 _NOT_LOADABLE = (
@@ -70,11 +67,26 @@ def precision(options: ModelOptions, method: str, compute: str) -> Precision:
     return Precision(compute=compute, base=base)
 
 
-def attention(options: ModelOptions, device: str, longest: int) -> str:
-    """The attention kernel for rows of at most `longest` tokens on a device type."""
+@dataclass(frozen=True)
+class Attention:
+    """How a model attends.
+
+    Attributes:
+        own: the model's own implementation, by transformers' name: for rows alone and for padded batches.
+        inside: what is computed inside each document where documents are laid end to end (see model/attention.py).
+    """
+
+    own: str
+    inside: str
+
+
+def attention(options: ModelOptions, device: str, longest: int) -> Attention:
+    """The attention kernels for rows of at most `longest` tokens on a device type."""
     if options.attn_implementation != "auto":
-        return options.attn_implementation
-    return "eager" if device == "cpu" and longest <= EAGER_UP_TO else "sdpa"
+        return Attention(options.attn_implementation, options.attn_implementation)
+    if device != "cpu":
+        return Attention("sdpa", "sdpa")
+    return Attention("eager" if longest <= EAGER_UP_TO else "sdpa", "eager")
 
 
 def load_tokenizer(options: ModelOptions, base: Base) -> Tokenizer:
@@ -130,7 +142,7 @@ def load_base(
         options: the model section.
         base: the fetched base.
         kept: the precisions, from `precision`.
-        attn_implementation: resolved kernel name, from `attention`.
+        attn_implementation: the model's own kernel, from `attention`.
         device: where to put the weights; None leaves them where the trainer moves them from.
 
     Raises:

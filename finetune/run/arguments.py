@@ -20,14 +20,15 @@ from finetune.recipe.sections import LaunchOptions, TrainingOptions
 from finetune.registry import nearest
 
 LARGEST_DEFAULT_MICRO_BATCH = 8
-# Arguments that the trainer and its loss do not read here, or under which they would not be right any more.
+# Arguments that the trainer, its batches and its loss do not read here, or under which they would be wrong.
 _WITHOUT_EFFECT = frozenset({
-    "average_tokens_across_devices", "batch_eval_metrics", "disable_tqdm", "do_predict", "eval_accumulation_steps",
-    "eval_do_concat_batches", "eval_use_gather_object", "greater_is_better", "hub_always_push", "hub_revision",
-    "include_for_metrics", "label_names", "label_smoothing_factor", "liger_kernel_config", "log_on_each_node",
-    "logging_nan_inf_filter", "loss_type", "metric_for_best_model", "pad_to_multiple_of", "prediction_loss_only",
-    "router_aux_loss_coef", "save_on_each_node", "save_only_model", "trackio_bucket_id", "trackio_space_id",
-    "trackio_static_space_id", "use_cache", "use_liger_kernel",
+    "average_tokens_across_devices", "batch_eval_metrics", "dataloader_drop_last", "disable_tqdm", "do_predict",
+    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "greater_is_better",
+    "hub_always_push", "hub_revision", "include_for_metrics", "label_names", "label_smoothing_factor",
+    "length_column_name", "liger_kernel_config", "log_on_each_node", "logging_nan_inf_filter", "loss_type",
+    "metric_for_best_model", "pad_to_multiple_of", "prediction_loss_only", "router_aux_loss_coef", "save_on_each_node",
+    "save_only_model", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "train_sampling_strategy",
+    "use_cache", "use_liger_kernel",
 })  # fmt: skip
 NEVER = 10**9  # a step that no run reaches: the final checkpoint is written whatever save_steps says
 
@@ -88,7 +89,9 @@ def check_extra(extra: dict[str, Any]) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             faults.append(f"training.extra.{key}: SFTConfig has no such argument{hint}")
         elif key in _WITHOUT_EFFECT:
-            faults.append(f"training.extra.{key}: has no effect, or a wrong one, on this trainer's loss and files")
+            faults.append(
+                f"training.extra.{key}: has no effect, or a wrong one, on this trainer's batches, loss and files"
+            )
         elif (choices := known[key].metadata.get("choices")) and value not in [None, *choices]:
             # Upstream checks these only on its own command line, and takes any other value for the default.
             faults.append(f"training.extra.{key}: {value!r} is none of {', '.join(map(str, choices))}")

@@ -1,8 +1,9 @@
 """TRL's SFTTrainer with a loss over the trained tokens, exact validation, whole checkpoints and a guard on numbers.
 
-The loop, the optimizer, the scheduler and the devices are the trainer's and Accelerate's. What is ours: the loss
-(TRL's goes over every token on a CPU and measures entropy and accuracy each step), the validation loss (a mean over
-tokens, not over batches), checkpoints that appear whole or not at all, and the refusal to go on with NaN.
+The loop, the optimizer, the scheduler and the devices are the trainer's and Accelerate's. What is ours: which rows a
+step takes and how processes share them (a step is the same on any number of them, also the short last one of an epoch),
+the loss (TRL's goes over every token on a CPU and measures entropy and accuracy each step), the validation loss (a mean
+over tokens, not over batches), checkpoints that appear whole or not at all, and the refusal to go on with NaN.
 """
 
 from __future__ import annotations
@@ -11,29 +12,84 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as Indexed
 from transformers import TrainerControl, get_scheduler
 from trl import SFTTrainer
 
 from finetune.errors import EnvironmentFault, NonFiniteError, RecipeError
 from finetune.files import MANIFEST, disk_errors, existing_parent, fsync_folder, fsync_tree, tree_hashes, write_json
 from finetune.run.folder import RunFolder, now
-from finetune.run.loss import TrainedTokenLoss, trained_positions
+from finetune.run.loss import IGNORED, TrainedTokenLoss, trained_positions
 
 # What the stock trainer adds to a checkpoint and nobody reads at a resume: pickled arguments with the hub token in
 # clear text, and peft's model card of placeholders.
 _NOT_KEPT = ("training_args.bin", "README.md")
 
 
+class Schedule(Protocol):
+    """Rows and their order: see finetune.data.order.Schedule."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def steps(self, batch: int) -> int: ...
+    def documents(self, units: Sequence[int]) -> list[dict[str, Any]]: ...
+    def micro_batches(self, epoch: int, rank: int, ranks: int, accumulation: int, most: int) -> Iterator[list[int]]: ...
+
+
+class _MicroBatches(Sampler[list[int]]):
+    """The unit numbers of each micro-batch of this process; every process has equally many."""
+
+    def __init__(self, schedule: Schedule, rank: int, ranks: int, accumulation: int, most: int) -> None:
+        self.schedule = schedule
+        self.shape = (rank, ranks, accumulation, most)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop, also through what it wraps around this to skip batches."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        _, ranks, accumulation, most = self.shape
+        return self.schedule.steps(ranks * accumulation * most) * accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.schedule.micro_batches(self.epoch, *self.shape)
+
+
+class _Documents(Indexed[dict[str, Any]]):
+    """Unit numbers become documents; a micro-batch without units has none."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def __len__(self) -> int:
+        return len(self.schedule)
+
+    def __getitems__(self, units: list[int]) -> list[dict[str, Any]]:
+        return self.schedule.documents(units)
+
+
+class _StepLoader(DataLoader[dict[str, Any]]):
+    """A loader whose epoch the training loop sets."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Orders the units anew."""
+        self.batch_sampler.set_epoch(epoch)
+
+
 class RowCollator:
-    """Batches prepared rows: `collate` makes the tensors, this adds where the loss is and which rows are in it.
+    """Batches documents: `collate` makes the tensors, this adds where the loss is and which rows are in it.
 
     The positions are found here, on the CPU, because finding them on an accelerator would make the host wait.
     """
@@ -42,10 +98,10 @@ class RowCollator:
         self.collate = collate
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Adds to the batch: `positions` (N,), `targets` (N,), `origins` (a name per row), `tokens` (a count)."""
+        """Adds to the batch: `positions` (N,), `targets` (N,), `origins` (a name per document), `tokens` (a count)."""
         batch: dict[str, Any] = self.collate(rows)
         batch["positions"], batch["targets"] = trained_positions(batch["labels"])
-        batch["origins"] = [name for row in rows for name in _origins(row)]
+        batch["origins"] = [f"{row['source']} row {row['row']}" for row in rows]
         batch["tokens"] = sum(len(row["input_ids"]) for row in rows)
         return batch
 
@@ -59,17 +115,30 @@ class Trainer(SFTTrainer):
 
     control: TrainerControl  # untyped upstream
 
-    def __init__(self, *, folder: RunFolder, collate: RowCollator, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        folder: RunFolder,
+        collate: RowCollator,
+        train: Schedule,
+        validation: Schedule | None,
+        **arguments: Any,
+    ) -> None:
         """
         Args:
             folder: the run's folder.
-            collate: makes batches of prepared rows.
-            arguments: SFTTrainer's own.
+            collate: makes batches of documents.
+            train: what is trained, in its order.
+            validation: what the loss is measured on; None without any.
+            arguments: SFTTrainer's own, but for its data sets.
         """
         before = existing_parent(folder.checkpoints)
         adapter = {name: p.detach().clone() for name, p in arguments["model"].named_parameters() if "lora_" in name}
+        shown = Dataset.from_dict({"input_ids": [[0]], "labels": [[IGNORED]]})  # it insists on one, and looks at it
+        arguments |= {"train_dataset": shown, "eval_dataset": shown if validation else None}
         super().__init__(data_collator=collate, **arguments)
         self.folder = folder
+        self._train, self._validation = train, validation
         self._leave_no_folder(before)
         self._refuse_unusable_settings()
         self.model_accepts_loss_kwargs = True  # count trained tokens for every model: the loss is ours, not the model's
@@ -130,6 +199,26 @@ class Trainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if name in adapter:
                 parameter.data = adapter[name].to(parameter.device)
+
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Micro-batches of this process. Accelerate, which would deal rows out its own way, is not asked to."""
+        args = self.args
+        most = args.per_device_train_batch_size
+        shape = (args.process_index, args.world_size, args.gradient_accumulation_steps, most)
+        return _StepLoader(
+            _Documents(self._train),
+            batch_sampler=_MicroBatches(self._train, *shape),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+            generator=torch.Generator(),  # of its own: it draws a number that nothing uses
+        )
 
     # -- loss ----------------------------------------------------------------------------------------------------
 
@@ -194,23 +283,23 @@ class Trainer(SFTTrainer):
     ) -> dict[str, float]:
         """The mean loss per trained token over all validation rows, whatever the batches and ranks."""
         began = time.monotonic()
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert self._validation is not None, "asked for only where there are validation rows"
+        units = np.argsort(-self._validation.tokens, kind="stable")  # batches of like length, ranks of like load
         world, rank, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
-        mine = list(range(rank, len(rows), world))
-        batches = math.ceil(math.ceil(len(rows) / world) / size)  # equal on all ranks: a sharded forward is collective
+        mine = units[rank::world].tolist()
+        batches = math.ceil(math.ceil(len(units) / world) / size)  # equal on all ranks: a sharded forward is collective
         training = self.model.training
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for number in range(batches):
-            picked = mine[number * size : (number + 1) * size]
-            batch = self._prepare_inputs(self.data_collator([rows[i] for i in picked or [0]]))
+            documents = self._validation.documents(mine[number * size : (number + 1) * size])
+            batch = self._prepare_inputs(self.data_collator(documents))
             positions, targets = batch.pop("positions"), batch.pop("targets")
             for name in ("labels", "origins", "tokens"):
                 batch.pop(name)
             with self.compute_loss_context_manager():
                 total = self._loss(self.model, batch, positions, targets)
-            if picked:
-                sums += torch.tensor([total.item(), targets.numel()], dtype=torch.float64)
+            sums += torch.tensor([total.item(), targets.numel()], dtype=torch.float64)
         self.model.train(training)
         if world > 1:
             sums = sums.to(self.args.device)
@@ -285,13 +374,6 @@ class Trainer(SFTTrainer):
         staged.rename(target)
         fsync_folder(target.parent)
         self.folder.rotate(self.args.save_total_limit)
-
-
-def _origins(row: dict[str, Any]) -> list[str]:
-    """`source row n` of the raw row, or of each raw row that was packed into this one."""
-    if isinstance(row["source"], list):
-        return [f"{source} row {number}" for source, number in zip(row["source"], row["row"], strict=True)]
-    return [f"{row['source']} row {row['row']}"]
 
 
 def _finite(value: Any) -> bool:
