@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from finetune.errors import DiskError, FinetuneError, RefusedError
 
@@ -107,23 +107,38 @@ def fsync_tree(folder: Path) -> None:
         fsync_folder(path)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically and durably."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+@contextlib.contextmanager
+def staged_file(target: Path, setting: str = "output_dir") -> Iterator[BinaryIO]:
+    """A stream into a temporary file that becomes `target` when the block ends well; it replaces an older one.
+
+    Args:
+        target: the file to write.
+        setting: what chooses the place, for the message when a write fails.
+
+    Raises:
+        DiskError: a write failed; nothing is left behind.
+    """
+    with disk_errors(target, setting):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                stream.write(content)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        fsync_folder(path.parent)
+        fsync_folder(target.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically and durably."""
+    with staged_file(path) as stream:
+        stream.write(content)
 
 
 def write_text(path: Path, content: str) -> None:
