@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -62,12 +62,11 @@ def examples(source: Source, streaming: bool = False) -> Iterator[Located | Faul
     rows = read(source, streaming)
     sample = _sample(rows)
     found = _layout(sample, rows, source)
-    for row in chain(sample, rows):
-        if isinstance(row, Fault):
-            yield row
-        elif isinstance(found, Format):
-            yield from _convert(row, found, source)
-    if isinstance(found, Fault) and any(isinstance(row, Row) for row in sample):
+    if isinstance(found, Format):
+        yield from _converted(chain(sample, rows), found, source)
+        return
+    yield from (row for row in chain(sample, rows) if isinstance(row, Fault))
+    if any(isinstance(row, Row) for row in sample):
         yield found
 
 
@@ -90,11 +89,7 @@ def piece_examples(piece: Piece, source: Source, layout: Format) -> Iterator[Loc
         source: what it is part of.
         layout: what `layout_of(source)` gave.
     """
-    for row in read_piece(piece):
-        if isinstance(row, Fault):
-            yield row
-        else:
-            yield from _convert(row, layout, source)
+    yield from _converted(read_piece(piece), layout, source)
 
 
 def _sample(rows: Iterator[Row | Fault]) -> list[Row | Fault]:
@@ -132,20 +127,26 @@ def _layout(sample: list[Row | Fault], rest: Iterator[Row | Fault], source: Sour
 def _renamed(values: dict[str, Any], source: Source) -> dict[str, Any]:
     """A row under the format's column names; a column that already bears such a name gives way to the one named."""
     columns = source.columns
-    if not columns:
-        return values
     moved = {name: values[column] for name, column in columns.items() if column in values}
     taken = {*moved, *columns.values()}
     return {**{name: value for name, value in values.items() if name not in taken}, **moved}
 
 
-def _convert(row: Row, layout: Format, source: Source) -> Iterator[Located | Fault]:
-    try:
-        yield Located(layout.to_example(_renamed(row.values, source)), row.index, row.place)
-    except RowError as error:
-        for fault in error.faults:
-            field = _as_in_file(fault.field, source)
-            yield dataclasses.replace(fault, field=field, place=row.place, index=row.index, raw=row.values)
+def _converted(rows: Iterable[Row | Fault], layout: Format, source: Source) -> Iterator[Located | Fault]:
+    """The examples of `rows`; faults pass through."""
+    to_example, renamed = layout.to_example, bool(source.columns)
+    for row in rows:
+        if isinstance(row, Fault):
+            yield row
+            continue
+        try:
+            example = to_example(_renamed(row.values, source) if renamed else row.values)
+        except RowError as error:
+            for fault in error.faults:
+                field = _as_in_file(fault.field, source)
+                yield dataclasses.replace(fault, field=field, place=row.place, index=row.index, raw=row.values)
+        else:
+            yield Located(example, row.index, row.place)
 
 
 def _as_in_file(field: str, source: Source) -> str:
