@@ -21,8 +21,7 @@ from finetune.data.shield import shielded
 from finetune.data.skeleton import Skeleton, Skeletons
 from finetune.data.template import ChatTemplate, Control, chat_template, control_tokens
 from finetune.data.tokenizer import Encoded, Vocabulary
-from finetune.errors import DataError
-from finetune.formats.example import Conversation, Fault, PromptCompletion, RowError, Text, digest
+from finetune.formats.example import KINDS, Conversation, Fault, PromptCompletion, RowError, Text, digest
 from finetune.recipe.sections import DataOptions
 
 PROVED_AT_START = 2  # chats of each shape that go both ways
@@ -216,18 +215,19 @@ class Engine:
         return found
 
     def _plain(self, examples: Sequence[object], report: SourceReport) -> list[list[_Row] | RowError]:
-        """Plain texts encoded."""
+        """Plain texts encoded; a row of another kind is a fault."""
         known: list[PromptCompletion | Text] = []
         for example in examples:
-            if not isinstance(example, PromptCompletion | Text):
-                raise DataError(f"rows of the kind {type(example).__name__} cannot be trained by themselves")
-            known.append(example)
-            words = (example.text,) if isinstance(example, Text) else (example.prompt, example.completion)
-            report.rows_with_control += any(map(self._plain_control.within, words))
-        return [
-            rows if isinstance(rows, RowError) else [(row.ids, row.trained, row.turn) for row in rows]
-            for rows in encode_plain(known, self.settings.vocabulary, self._encoder)
-        ]
+            if isinstance(example, PromptCompletion | Text):
+                known.append(example)
+                words = (example.text,) if isinstance(example, Text) else (example.prompt, example.completion)
+                report.rows_with_control += any(map(self._plain_control.within, words))
+        encoded = iter(encode_plain(known, self.settings.vocabulary, self._encoder) if known else [])
+        found: list[list[_Row] | RowError] = []
+        for example in examples:
+            rows = next(encoded) if isinstance(example, PromptCompletion | Text) else _other_kind(example)
+            found.append(rows if isinstance(rows, RowError) else [(row.ids, row.trained, row.turn) for row in rows])
+        return found
 
     def _count_turns(self, example: object, rows: list[_Row] | RowError | None, report: SourceReport) -> None:
         """Count what a chat holds that is not trained although it might seem so."""
@@ -276,6 +276,11 @@ class Engine:
             if not isinstance(found, RowError):  # a half without an answer has nothing to train
                 made += self._halved(half, found, shift + start - lead)
         return made
+
+
+def _other_kind(example: object) -> RowError:
+    found, expected = f"a row of the kind {KINDS[type(example)]}", "a chat, a text, or a prompt with its completion"
+    return RowError([Fault("", found, expected, "name other rows, or another training.method")])
 
 
 def _assembled(skeleton: Skeleton, first: int, encoded: Encoded, offsets: list[int]) -> list[_Row] | None:

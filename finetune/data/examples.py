@@ -190,12 +190,13 @@ def _hint(columns: list[str], formats: Sequence[Format]) -> str:
     return "set the source's columns, or write a format as package.module:attribute"
 
 
-def check_sources(options: DataOptions, needs: Sequence[Gives] | None = None) -> list[Fault]:
+def check_sources(options: DataOptions, needs: Sequence[Gives] | None = None, sample: int | None = None) -> list[Fault]:
     """Everything wrong with the local sources of training and validation, without torch, tokenizer or network.
 
     Args:
         options: the data section.
         needs: the kinds of examples that the training method takes; None for all.
+        sample: of a source whose first so many rows are right, no more is read; None reads everything.
 
     Raises:
         RecipeError: a format is unknown.
@@ -207,11 +208,15 @@ def check_sources(options: DataOptions, needs: Sequence[Gives] | None = None) ->
             continue
         sources.append(source)
         kinds: set[Gives] = set()
+        right = 0
         for found in examples(source):
             if isinstance(found, Fault):
                 faults.append(found)
-            else:
-                kinds.add(KINDS[type(found.example)])
+                continue
+            kinds.add(KINDS[type(found.example)])
+            right += 1
+            if right == sample and not faults and not kinds - set(needs or kinds):
+                break
         for kind in sorted(kinds - set(needs or kinds)):
             fix = OTHERWISE.get(kind, "name other rows, or another training.method")
             faults.append(Fault("", f"rows of the kind {kind}", " or ".join(needs or ()), fix, source.path))

@@ -105,11 +105,11 @@ class DataOptions(Section):
     """With weights by rows or tokens, when an epoch ends: once the first source is used up, or once all are, shorter
     ones repeating."""
     deduplicate: Literal["none", "exact", "near"] = "none"
-    """Keep one of several training rows with the same content, or with nearly the same (MinHash over token shingles)."""
+    """Keep one of several training rows of the same content, or nearly the same (MinHash over token shingles)."""
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Estimated Jaccard similarity, from 0 to 1, from which two rows count as near-duplicates."""
     on_leak: Literal["error", "drop", "warn"] = "error"
-    """What happens to validation rows that are training rows too: stop, leave them out of validation, or only say so."""
+    """What happens to validation rows that are trained on too: stop, leave them out of validation, or only say so."""
     on_bad_row: Literal["error", "quarantine"] = "error"
     """What happens to rows that cannot be used: stop and name them, or write them with their reasons to
     quarantine.jsonl in the run folder and go on."""
@@ -172,7 +172,7 @@ class AuditOptions(Section):
 
     min_trained_share: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Least share of the tokens that is trained, from 0 to 1, in each source."""
-    min_stop_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    min_stop_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of the trained answers whose last trained token is a stop token; a row cut by max_length has none."""
     max_truncated_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Most rows that on_long_row may cut, as a share from 0 to 1."""

@@ -34,7 +34,7 @@ _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _SILENT_SECONDS = 600  # a run on another machine that has written nothing for so long is taken to have ended
 # Everything that a run, its merge and its evaluations write, and what they leave when they are killed.
 _OURS = re.compile(
-    r"(recipe\.yaml|(run|exit|probe)\.json|evaluation(-\w+)?\.json|metrics\.jsonl|checkpoints|adapter|model|merged|tracking"
+    r"(recipe\.yaml|(run|exit|probe)\.json|evaluation(-\w+)?\.json|(metrics|quarantine)\.jsonl|checkpoints|adapter|model|merged|tracking"
     r"|\..*\.tmp)$"
 )
 
@@ -120,6 +120,12 @@ class RunFolder:
         self.cut_metrics(continued_from or 0)
         write_text(self.recipe, recipe)
         write_json(self.probe, probe)
+
+    def keep_quarantine(self, files: Sequence[Path]) -> None:
+        """Keep copies of the rows that could not be used, of all sources in one file; none when there are none."""
+        if files:
+            text = "".join(path.read_text(encoding="utf-8", errors="surrogatepass") for path in files)
+            write_text(self.root / "quarantine.jsonl", text)
 
     def is_run(self) -> bool:
         """Whether run.json is one of ours."""
