@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from finetune.methods.method import Method
     from finetune.model.build import Built
     from finetune.model.folder import Base
-    from finetune.model.load import Precision
+    from finetune.model.load import Attention, Precision
     from finetune.plan.hardware import Hardware
     from finetune.run.callbacks import StopSignal
     from finetune.run.folder import RunFolder
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 # Keys that training has read before its first step. `evaluate` and `export` belong to other verbs; `tracking` is read
 # when the trackers start, and the recipe is refused when it sets other keys of it without naming a tracker.
-READ_HERE = ("model", "adapter", "data", "training", "launch", "output_dir")
+READ_HERE = ("model", "adapter", "data", "audit", "training", "launch", "output_dir")
 
 # What every run imports sooner or later, and with it nearly all of torch, transformers, PEFT and TRL.
 STACK = ("finetune.data.feed", "finetune.model.build", "finetune.run.arguments", "finetune.run.trainer")
@@ -119,7 +119,7 @@ def check(loaded: LoadedRecipe, overwrite: bool = False) -> Checked:
     Raises:
         FinetuneError: the first kind of fault found, with all of its kind.
     """
-    from finetune.data.examples import check_sources, refuse
+    from finetune.data.examples import SAMPLE, check_sources, refuse
     from finetune.families import match
     from finetune.methods import METHODS
     from finetune.model.folder import find
@@ -137,7 +137,7 @@ def check(loaded: LoadedRecipe, overwrite: bool = False) -> Checked:
     if os.environ.get("RANK", "0") == "0":  # other ranks take rank 0's word: it writes there while they still look
         needed = _needed(loaded)
         folder, continuing = claim(folder.root, loaded.hash(), overwrite, needed)
-    refuse(check_sources(recipe.data, method.needs))
+    refuse(check_sources(recipe.data, method.needs, SAMPLE))
     return Checked(base, family, method, folder, continuing, overwrite)
 
 
@@ -196,7 +196,10 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
 
     from transformers import set_seed
 
+    from finetune.data.cache import Cache
+    from finetune.data.engine import Settings
     from finetune.data.feed import feed
+    from finetune.data.tokenizer import Vocabulary
     from finetune.model.build import build
     from finetune.model.fetch import fetch
     from finetune.model.load import attention, load_tokenizer, precision, stop_ids
@@ -213,7 +216,10 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
 
     base = fetch(checked.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(recipe.model, base)
-    data = feed(recipe.data, tokenizer, stop_ids(tokenizer, base), recipe.training.seed)
+    settings = Settings(Vocabulary.of(tokenizer), stop_ids(tokenizer, base), recipe.data)
+    data = feed(
+        settings, recipe.audit, Cache(recipe.data.cache_dir), recipe.training.seed, lambda line: say("data", line)
+    )
     for number, line in enumerate(data.lines()):
         say("" if number else "data", line)
 
@@ -228,11 +234,11 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
         set_seed(recipe.training.seed)
         attn = attention(recipe.model, hardware.device, data.longest)
         device = ranks.device_of(launched, hardware.device)
-        built = build(recipe.model, recipe.adapter, base, checked.family, kept, attn, device)
+        built = build(recipe.model, recipe.adapter, base, checked.family, kept, attn.own, device)
         for topic, line in (("base", built.base), ("trains", built.trains), ("note", built.note)):
             say(topic, line if line else "")
-        trainer, stopper = _trainer(loaded, checked, built, data, tokenizer, arguments, attn, compute, launched)
-        derived = _derived(loaded, built, kept, attn, arguments, launched)
+        trainer, stopper = _trainer(loaded, checked, built, data, tokenizer, arguments, attn, launched, say)
+        derived = _derived(loaded, built, kept, attn.own, arguments, launched)
         say("steps", f"{shape}; run folder {checked.folder.root}")
         return _run(loaded, checked, base, data, built, trainer, stopper, derived, hardware, launched, say)
     finally:
@@ -246,20 +252,24 @@ def _trainer(
     data: Feed,
     tokenizer: Any,
     arguments: Any,
-    attn: str,
-    compute: str,
+    attn: Attention,
     launched: World,
+    say: Say,
 ) -> tuple[Trainer, StopSignal]:
     """The method's trainer with everything that watches a run."""
-    from finetune.data.feed import collator, refuse_leak
+    from finetune.data.feed import collator
     from finetune.model.adapt import untrained_modules
+    from finetune.model.attention import attention_width, isolate
     from finetune.run.callbacks import AdapterMoves, MetricsFile, Progress, StopSignal
     from finetune.run.ranks import SameWeights
     from finetune.run.trainer import RowCollator
 
-    collate = collator(loaded.recipe.data, tokenizer.pad_token_id, attn, compute)
-    rows, validation = data.rows()
-    refuse_leak(built.model, collate, rows)
+    isolated = isolate(built.model, attn.inside)
+    collate, padded = collator(
+        loaded.recipe.data, tokenizer.pad_token_id, built.model, data.train.rows, attn.own, isolated
+    )
+    say("note", padded)
+    rows, validation = data.schedules(attention_width(built.model), alike=bool(padded))
     stopper = StopSignal()
     watchers: list[Any] = [MetricsFile(checked.folder), Progress(), stopper]
     if built.targets:
@@ -421,6 +431,7 @@ def _begin(
         if continuing != checked.continuing:
             raise RefusedError(f"output_dir: another run has begun in {folder.root} meanwhile; choose another folder")
         folder.begin(recipe_yaml(loaded, derived), record, data.probe(), step)
+        folder.keep_quarantine(data.quarantines())
 
 
 def _finish(

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.data.prepare import Prepared, prepare, shared_rows
+from finetune.data.cache import Cache
+from finetune.data.engine import Settings
+from finetune.data.gather import Prepared, gather
+from finetune.data.tokenizer import Vocabulary
 from finetune.errors import DataError
 from finetune.recipe.sections import DataOptions
 
@@ -37,9 +40,21 @@ def write(name: str, rows: list[Any]) -> str:
     return name
 
 
-def run(tokenizer: PreTrainedTokenizerBase, *sources: Any, seed: int = 42, **options: Any) -> Prepared:
+def both(
+    tokenizer: PreTrainedTokenizerBase, *sources: Any, seed: int = 42, **options: Any
+) -> tuple[Prepared, Prepared | None]:
     chosen = DataOptions(train=list(sources), **options)
-    return prepare(chosen, chosen.train, tokenizer, frozenset({tokenizer.eos_token_id}), seed)
+    settings = Settings(Vocabulary.of(tokenizer), frozenset({tokenizer.eos_token_id}), chosen)
+    return gather(settings, Cache("cache"), seed)
+
+
+def run(tokenizer: PreTrainedTokenizerBase, *sources: Any, seed: int = 42, **options: Any) -> Prepared:
+    return both(tokenizer, *sources, seed=seed, **options)[0]
+
+
+def numbers(prepared: Prepared | None, column: str = "row") -> list[int]:
+    assert prepared is not None
+    return prepared.rows.column(column).tolist()
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -50,20 +65,20 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def test_rows_carry_ids_labels_and_where_they_came_from(tokenizer: PreTrainedTokenizerBase) -> None:
     a, b = write("a.jsonl", rows(3)), write("b.jsonl", [{"text": "plain text"}])
     prepared = run(tokenizer, a, {"path": b, "name": "corpus"})
-    assert prepared.rows["source"][:] == ["a.jsonl"] * 3 + ["corpus"]
-    assert prepared.rows["row"][:] == [0, 1, 2, 0]
-    assert prepared.rows["turn"][:] == [-1] * 4
-    assert len(prepared.rows) == 4
+    assert [value["source"] for value in prepared.rows] == ["a.jsonl"] * 3 + ["corpus"]
+    assert [value["row"] for value in prepared.rows] == [0, 1, 2, 0]
+    assert [value["turn"] for value in prepared.rows] == [1, 1, 1, -1]
     for value in prepared.rows:
-        assert len(value["input_ids"]) == len(value["labels"])
-        assert value["labels"][0] == -100
-        trained = [token for token in value["labels"] if token != -100]
-        assert trained == value["input_ids"][-len(trained) - (value["source"] == "a.jsonl") :][: len(trained)]
+        ids, labels = value["input_ids"].tolist(), value["labels"].tolist()
+        assert len(ids) == len(labels)
+        assert labels[0] == -100
+        trained = [token for token in labels if token != -100]
+        assert trained == ids[-len(trained) - (value["source"] == "a.jsonl") :][: len(trained)]
         assert trained[-1] == tokenizer.eos_token_id
     report = prepared.report
     assert (report.rows_read, report.rows_kept) == (4, 4)
-    assert report.tokens == sum(map(len, prepared.rows["input_ids"]))
-    assert report.trained_tokens == sum(token != -100 for labels in prepared.rows["labels"] for token in labels)
+    assert report.tokens == sum(len(value["input_ids"]) for value in prepared.rows)
+    assert report.trained_tokens == sum(token != -100 for value in prepared.rows for token in value["labels"].tolist())
     assert 0 < report.trained_share < 1
     assert [source.rows_kept for source in report.sources] == [3, 1]
     assert report.as_dict()["sources"][1]["name"] == "corpus"
@@ -74,7 +89,6 @@ def test_fingerprint_tells_order_and_content_but_not_names(tokenizer: PreTrained
     values = rows(4)
     first = run(tokenizer, write("a.jsonl", values)).fingerprint
     assert run(tokenizer, write("b.jsonl", values)).fingerprint == first
-    assert run(tokenizer, write("c.jsonl", values[:2]), write("d.jsonl", values[2:])).fingerprint == first
     assert run(tokenizer, write("b.jsonl", values[::-1])).fingerprint != first
     assert run(tokenizer, "a.jsonl", loss_on="all").fingerprint != first
     assert len(first) == 64
@@ -96,9 +110,9 @@ def test_long_rows_are_refused_with_count_longest_and_places(tokenizer: PreTrain
 def test_truncation_keeps_the_start_and_drops_rows_without_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     write("a.jsonl", [row("short", "yes"), row("q", "x" * 200), row("y" * 200, "no")])
     whole, cut = run(tokenizer, "a.jsonl"), run(tokenizer, "a.jsonl", max_length=60, on_long_row="truncate")
-    assert cut.rows["row"][:] == [0, 1]
-    assert cut.rows[1]["input_ids"] == whole.rows[1]["input_ids"][:60]
-    assert cut.rows[1]["labels"] == whole.rows[1]["labels"][:60]
+    assert numbers(cut) == [0, 1]
+    assert cut.rows[1]["input_ids"].tolist() == whole.rows[1]["input_ids"].tolist()[:60]
+    assert cut.rows[1]["labels"].tolist() == whole.rows[1]["labels"].tolist()[:60]
     report = cut.report
     assert (report.total("rows_over_length"), report.total("rows_dropped"), report.total("rows_without_answer")) == (
         2,
@@ -106,14 +120,14 @@ def test_truncation_keeps_the_start_and_drops_rows_without_an_answer(tokenizer: 
         1,
     )
     assert report.total("tokens_lost") == whole.report.tokens - report.tokens
-    assert report.total("longest") == max(map(len, whole.rows["input_ids"]))
+    assert report.total("longest") == whole.rows.lengths.max()
     assert any("rows over max_length 60" in line for line in report.lines())
 
 
 def test_dropping_leaves_long_rows_out_and_counts_their_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     write("a.jsonl", [row("short", "yes"), row("q", "x" * 200)])
     whole, kept = run(tokenizer, "a.jsonl"), run(tokenizer, "a.jsonl", max_length=60, on_long_row="drop")
-    assert kept.rows["row"][:] == [0]
+    assert numbers(kept) == [0]
     assert kept.report.total("tokens_lost") == len(whole.rows[1]["input_ids"])
     with pytest.raises(DataError, match="no row is left to train on: 2 rows read, 0 kept"):
         run(tokenizer, "a.jsonl", max_length=5, on_long_row="drop")
@@ -123,7 +137,7 @@ def test_weight_repeats_rows_and_draws_a_seeded_share(tokenizer: PreTrainedToken
     write("a.jsonl", rows(10))
 
     def drawn(weight: float, seed: int = 42) -> list[int]:
-        return run(tokenizer, {"path": "a.jsonl", "weight": weight}, seed=seed).rows["row"][:]
+        return numbers(run(tokenizer, {"path": "a.jsonl", "weight": weight}, seed=seed))
 
     assert drawn(2.0) == [*range(10), *range(10)]
     assert drawn(0.5) == drawn(0.5)
@@ -132,7 +146,7 @@ def test_weight_repeats_rows_and_draws_a_seeded_share(tokenizer: PreTrainedToken
     assert drawn(1.3)[:10] == list(range(10))
     assert len(drawn(1.3)) == 13
     report = run(tokenizer, "a.jsonl", {"path": "a.jsonl", "name": "rare", "weight": 0.01}).report
-    assert report.lines()[1:] == ["rare: none of its rows is kept"]
+    assert report.lines()[1:] == ["rare: none of its rows is seen in an epoch"]
 
 
 def test_faults_of_template_and_rows_are_told_together(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -161,8 +175,8 @@ def test_rewritten_history_is_counted_and_names_its_turn() -> None:
     thinking = AutoTokenizer.from_pretrained(TOKENIZERS / "thinking")
     write("a.jsonl", [row("a", "b", "c", "d"), row("a", "b")])
     prepared = run(thinking, "a.jsonl")
-    assert prepared.rows["turn"][:] == [1, 3, -1]
-    assert prepared.rows["row"][:] == [0, 0, 1]
+    assert numbers(prepared, "turn") == [1, 3, 1]
+    assert numbers(prepared) == [0, 0, 1]
     assert prepared.report.total("rows_expanded") == 1
     assert prepared.report.lines()[1].startswith("1 chats became 1 more rows")
 
@@ -175,11 +189,103 @@ def test_untrained_ends_of_chats_are_counted(tokenizer: PreTrainedTokenizerBase)
     assert len(report.lines()) == 3
 
 
-def test_validation_rows_seen_in_training_are_found(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_validation_rows_that_are_trained_on_are_refused_dropped_or_told(tokenizer: PreTrainedTokenizerBase) -> None:
     values = rows(6)
-    train, held_out = (
-        run(tokenizer, write("a.jsonl", values)),
-        run(tokenizer, write("b.jsonl", [row("new", "one"), values[3]])),
+    write("a.jsonl", values)
+    write("b.jsonl", [row("new", "one"), values[3]])
+    with pytest.raises(
+        DataError, match=r"1 validation row is trained on too .*\n  row 1 of b.jsonl is row 3 of a.jsonl"
+    ):
+        run(tokenizer, "a.jsonl", validation="b.jsonl")
+    train, validation = both(tokenizer, "a.jsonl", validation="b.jsonl", on_leak="drop")
+    assert numbers(validation) == [0]
+    assert "1 validation rows left out because they are trained on" in train.report.lines()[-1]
+    train, validation = both(tokenizer, "a.jsonl", validation="b.jsonl", on_leak="warn")
+    assert numbers(validation) == [0, 1]
+    assert train.report.lines()[-1].startswith("warning: 1 validation row is trained on too; the first is row 1")
+    write("c.jsonl", rows(6, seed=1))
+    assert len(both(tokenizer, "a.jsonl", validation="c.jsonl")[1].rows) == 6  # type: ignore[union-attr]
+    write("d.jsonl", values[:2])
+    with pytest.raises(DataError, match=r"data\.validation: no row is left"):
+        run(tokenizer, "a.jsonl", validation="d.jsonl", on_leak="drop")
+
+
+def test_a_share_is_held_out_by_content_whatever_stands_beside_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    values = rows(200)
+    write("a.jsonl", values)
+    write("b.jsonl", [*rows(50, seed=5), *values[::-1]])
+    train, validation = both(tokenizer, "a.jsonl", validation_split=0.2)
+    held = set(numbers(validation))
+    assert 20 <= len(held) <= 60
+    assert not held & set(numbers(train))
+    assert train.report.held_out == len(held)
+    again = both(tokenizer, "b.jsonl", validation_split=0.2)[1]
+    assert {249 - number for number in numbers(again) if number >= 50} == held
+
+
+def test_copies_are_left_out_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    values = rows(4)
+    write("a.jsonl", [*values, values[1], values[1]])
+    assert len(run(tokenizer, "a.jsonl").rows) == 6
+    kept = run(tokenizer, "a.jsonl", deduplicate="exact")
+    assert numbers(kept) == [0, 1, 2, 3]
+    assert "2 rows left out as copies of earlier ones" in kept.report.lines()
+
+
+def test_bad_rows_go_to_quarantine_with_their_reasons(tokenizer: PreTrainedTokenizerBase) -> None:
+    Path("a.jsonl").write_text(
+        "\n".join([json.dumps(row("a", "b")), "{broken", json.dumps(row("a")), json.dumps(row("c", "d"))]) + "\n"
     )
-    assert shared_rows(train, held_out) == [("b.jsonl", 1)]
-    assert shared_rows(train, run(tokenizer, write("c.jsonl", rows(6, seed=1)))) == []
+    with pytest.raises(DataError, match="2 faults in 2 places"):
+        run(tokenizer, "a.jsonl")
+    prepared = run(tokenizer, "a.jsonl", on_bad_row="quarantine")
+    assert numbers(prepared) == [0, 3]
+    assert prepared.report.total("rows_quarantined") == 2
+    file = prepared.sources[0].quarantine
+    assert file is not None
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [entry["place"] for entry in kept] == ["a.jsonl:2", "a.jsonl:3"]
+    assert all(entry["reasons"] for entry in kept)
+    with pytest.raises(DataError, match="no file"):
+        run(tokenizer, "none.jsonl", on_bad_row="quarantine")
+
+
+def test_long_rows_are_split_between_exchanges_and_texts_into_pieces(tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = row(*(word * 20 for word in "abcdefgh"))
+    write("a.jsonl", [chat])
+    whole = run(tokenizer, "a.jsonl")
+    limit = len(whole.rows[0]["input_ids"]) * 2 // 3
+    cut = run(tokenizer, "a.jsonl", on_long_row="split", max_length=limit)
+    assert numbers(cut, "turn") == [3, 7]
+    assert cut.report.total("rows_split") == 1
+    assert cut.report.total("tokens_lost") == 0
+    assert cut.report.trained_tokens == whole.report.trained_tokens
+    write("t.jsonl", [{"text": "word " * 300}])
+    whole = run(tokenizer, "t.jsonl", max_length=5000)
+    parts = run(tokenizer, "t.jsonl", on_long_row="split", max_length=100)
+    assert [token for part in parts.rows for token in part["input_ids"].tolist()] == whole.rows[0]["input_ids"].tolist()
+    assert 90 < parts.rows.lengths.min() <= parts.rows.lengths.max() <= 100
+
+
+def test_a_second_start_finds_the_rows_and_other_options_do_not(tokenizer: PreTrainedTokenizerBase) -> None:
+    write("a.jsonl", rows(20))
+    assert run(tokenizer, "a.jsonl").sources[0].made
+    assert not run(tokenizer, "a.jsonl").sources[0].made
+    assert not run(tokenizer, {"path": "a.jsonl", "weight": 2.0, "name": "b"}, validation_split=0.3).sources[0].made
+    assert run(tokenizer, "a.jsonl", loss_on="all").sources[0].made
+    write("a.jsonl", rows(21))
+    assert run(tokenizer, "a.jsonl").sources[0].made
+    thinking = AutoTokenizer.from_pretrained(TOKENIZERS / "thinking")
+    assert run(thinking, "a.jsonl").sources[0].made
+
+
+def test_several_processes_give_the_rows_of_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    values = [row(f"question {n} " + "word " * 200, "answer " * 100, "next", "last") for n in range(3000)]
+    write("a.jsonl", values)
+    write("b.jsonl", values)
+    one = run(tokenizer, "a.jsonl", num_proc=1)
+    Path("cache").rename("old")
+    two = run(tokenizer, "b.jsonl", num_proc=2)
+    assert two.sources[0].made
+    assert two.fingerprint == one.fingerprint
+    assert two.sources[0].rows.facts == one.sources[0].rows.facts

@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import zoo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import finetune.data.questions as module
-from finetune.data.collate import PackedCollator, leak
 from finetune.data.encode import encode_plain
-from finetune.data.pack import join
 from finetune.data.questions import Question, questions
+from finetune.data.tokenizer import Vocabulary
 from finetune.errors import DataError
 from finetune.formats.example import PromptCompletion
 from finetune.recipe.sections import Source
 
-torch.set_num_threads(1)
 TOKENIZERS = Path(__file__).parent / "tokenizers"
 
 
@@ -63,7 +59,8 @@ def test_a_chat_asks_for_its_last_assistant_turn(tokenizer: PreTrainedTokenizerB
 def test_a_prompt_is_encoded_as_it_is_trained(tokenizer: PreTrainedTokenizerBase, source: Any) -> None:
     row = {"prompt": "Say it: ", "completion": "yes"}
     (found,) = ask(tokenizer, source(row))
-    (trained,) = encode_plain([PromptCompletion(row["prompt"], row["completion"])], tokenizer)
+    vocabulary = Vocabulary.of(tokenizer)
+    (trained,) = encode_plain([PromptCompletion(row["prompt"], row["completion"])], vocabulary, vocabulary.encoder)
     assert isinstance(trained, list)
     start = trained[0].trained[0][0]
     assert list(found.prompt) == list(trained[0].ids[:start])
@@ -105,26 +102,3 @@ def test_reasoning_is_taken_off() -> None:
     result = doctest.testmod(module)
     assert result.attempted >= 2
     assert result.failed == 0
-
-
-# -- packed rows that see each other -------------------------------------------------------------------------------
-
-
-def tokens(*ids: int) -> dict[str, Any]:
-    return {"input_ids": list(ids), "labels": list(ids), "source": "s", "row": 0}
-
-
-class Blind(PackedCollator):
-    """A collator that forgets where rows begin."""
-
-    def __call__(self, rows: Any) -> Any:
-        return {"input_ids": super().__call__(rows)["input_ids"]}
-
-
-@pytest.mark.parametrize("first", [(5, 5, 5), (5, 6, 5), (511, 511)])  # also rows that read the same backwards
-def test_a_leak_is_found_whatever_the_rows_are(first: tuple[int, ...]) -> None:
-    model = zoo.model("llama").train()
-    row = join([tokens(*first), tokens(7, 8, 9)])
-    assert leak(model, PackedCollator(0, "additive"), row) == 0.0
-    assert leak(model, Blind(0), row) > 1e-3
-    assert model.training

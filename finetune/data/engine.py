@@ -251,10 +251,9 @@ class Engine:
         """The rows of a long example: a text in pieces, a chat between its exchanges as evenly as they allow."""
         report.rows_split += 1
         if isinstance(item.example, Text):
-            ids, length = rows[0][0], self._options.max_length
-            return [
-                (ids[at : at + length], ((0, len(ids[at : at + length])),), WHOLE) for at in range(0, len(ids), length)
-            ]
+            ids = np.asarray(rows[0][0], np.int32)  # in even pieces, so that no last one is too short to train
+            parts = np.array_split(ids, -(-len(ids) // self._options.max_length))
+            return [(part, ((0, len(part)),), WHOLE) for part in parts]
         if isinstance(item.example, Conversation):
             return self._halved(item.example, rows, 0)
         report.rows_split -= 1

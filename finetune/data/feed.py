@@ -1,21 +1,25 @@
-"""What the trainer is fed: prepared rows of training and validation, packed or not, and what batches them."""
+"""What the trainer is fed: rows of training and validation in their order, packed or not, and what batches them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from finetune.data.collate import Collator, PackedCollator, leak, mask_kind
-from finetune.data.pack import packed
-from finetune.data.prepare import Prepared, prepare, shared_rows
+from finetune.data.cache import Cache
+from finetune.data.engine import Settings
+from finetune.data.gates import refuse_beyond
+from finetune.data.gather import Prepared, gather
+from finetune.data.order import Schedule, TokenRows
+from finetune.data.pack import Units, best_fit, singles, wrapped
 from finetune.errors import ModelError
-from finetune.recipe.sections import DataOptions
+from finetune.recipe.sections import AuditOptions, DataOptions
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from finetune.data.collate import Collate
 
 PROBE_ROWS = 8
 
@@ -28,83 +32,114 @@ class Feed:
         options: the data section.
         train: rows to train on.
         validation: rows whose loss is measured; None without any.
-        seed: orders packed sequences.
+        seed: of the order.
+        cache: holds the files of the rows as long as this lives.
     """
 
     options: DataOptions
     train: Prepared
     validation: Prepared | None
     seed: int
+    cache: Cache | None = None
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence a batch can hold."""
-        return self.options.max_length if self.options.packing else max(map(len, self.train.rows["input_ids"]))
+        """Tokens of the longest row."""
+        return int(lengths(self.train.rows).max())
 
-    def rows(self) -> tuple[Dataset, Dataset | None]:
-        """Training and validation rows as the trainer takes them; with packing, packed sequences."""
-        validation = self.validation.rows if self.validation else None
+    def units(self, rows: TokenRows) -> Units:
+        """The rows by themselves or, with packing, in sequences of at most max_length tokens."""
         if not self.options.packing:
-            return self.train.rows, validation
-        length, seed = self.options.max_length, self.seed
-        return packed(self.train.rows, length, seed), packed(validation, length, seed) if validation else None
+            return singles(lengths(rows))
+        if self.options.packing_strategy == "wrapped":
+            return wrapped(lengths(rows), self.options.max_length, self.seed)
+        return best_fit(lengths(rows), self.options.max_length)
+
+    def schedules(self, width: float, alike: bool) -> tuple[Schedule, Schedule | None]:
+        """Training and validation as the trainer takes them.
+
+        Args:
+            width: see Schedule.
+            alike: whether batches are padded.
+        """
+        every = [part.rows for part in (self.train, self.validation) if part is not None]
+        found = [Schedule(rows, self.units(rows), self.seed, width, alike) for rows in every]
+        return found[0], found[1] if self.validation else None
 
     def probe(self) -> list[list[int]]:
         """Token ids of a few training rows."""
-        found: list[list[int]] = self.train.rows[:PROBE_ROWS]["input_ids"]
-        return found
+        return [self.train.rows.ids(row).tolist() for row in range(min(PROBE_ROWS, len(self.train.rows)))]
 
     def lines(self) -> list[str]:
         """What preparing did, in sentences."""
         said = self.train.report.lines()
         if self.validation is None:
             return said
-        said += [f"validation: {line}" for line in self.validation.report.lines()]
-        if shared := shared_rows(self.train, self.validation):
-            source, row = shared[0]
-            said.append(
-                f"warning: {len(shared)} validation rows are trained on too, the first is row {row} of {source}, from 0"
-            )
-        return said
+        return [*said, *(f"validation: {line}" for line in self.validation.report.lines())]
+
+    def quarantines(self) -> list[Path]:
+        """Files of rows that cannot be used, source by source."""
+        sources = [one for part in (self.train, self.validation) if part is not None for one in part.sources]
+        return list(dict.fromkeys(one.quarantine for one in sources if one.quarantine is not None))
 
 
-def feed(options: DataOptions, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], seed: int) -> Feed:
-    """Prepare all rows of a recipe.
+def feed(
+    settings: Settings, audit: AuditOptions, cache: Cache, seed: int, say: Callable[[str], None] | None = None
+) -> Feed:
+    """Prepare all rows of a recipe, or find them prepared, and refuse those that are not as the recipe wants them.
+
+    Args:
+        settings: tokenizer, stop tokens and the data section.
+        audit: the audit section.
+        cache: where prepared rows are kept.
+        seed: of the order, and of the choice of rows where weights are not whole.
+        say: told what takes time.
 
     Raises:
-        FinetuneError: as `finetune.data.prepare.prepare`.
+        FinetuneError: as `finetune.data.gather.gather`; DataError where a bound of the audit section is not kept.
     """
-    train = prepare(options, options.train, tokenizer, stop_ids, seed)
-    validation = prepare(options, options.validation, tokenizer, stop_ids, seed) if options.validation else None
-    return Feed(options, train, validation, seed)
+    train, validation = gather(settings, cache, seed, say)
+    found = Feed(settings.options, train, validation, seed, cache)
+    refuse_beyond(train, audit, settings.options)
+    return found
 
 
-def collator(options: DataOptions, pad_id: int, attn: str, compute: str) -> Collator | PackedCollator:
-    """What makes batches of the rows.
+def lengths(rows: Any) -> np.ndarray:
+    """int32 (rows,): tokens of each row."""
+    return np.asarray(rows.lengths, np.int32)
+
+
+def collator(
+    options: DataOptions, pad_id: int, model: Any, rows: TokenRows, own: str, isolated: str
+) -> tuple[Collate, str]:
+    """What makes batches on this very model: end to end where each row gets the answer it gets alone, else padded.
 
     Args:
         options: the data section.
-        pad_id: fills up `input_ids`.
-        attn: the attention kernel's name.
-        compute: the precision of activations, by torch's name.
-    """
-    if options.packing:
-        return PackedCollator(pad_id, mask_kind(attn), getattr(torch, compute))
-    return Collator(pad_id)
+        pad_id: fills up `input_ids` where rows are padded.
+        model: what is trained, running with `isolated`; with `own` afterwards where rows are padded.
+        rows: training rows, of which a few are asked about.
+        own: name of the model's own attention.
+        isolated: name of its attention over documents.
 
-
-def refuse_leak(model: Any, collate: Collator | PackedCollator, rows: Dataset) -> None:
-    """Packed rows must not see each other on this very model, kernel and collator.
+    Returns:
+        The collator, and why rows are padded; empty when they are not.
 
     Raises:
-        ModelError: they do.
+        ModelError: rows are to be packed, and the model cannot keep them apart.
     """
-    if not isinstance(collate, PackedCollator):
-        return
-    row = next((row for row in rows if len(row["seq_lengths"]) > 1), None)
-    seen = leak(model, collate, row) if row is not None else 0.0
-    if seen > 0:
+    from finetune.data.collate import FlatCollator, PaddedCollator
+    from finetune.data.isolation import fault
+
+    flat = FlatCollator()
+    reason = fault(model, flat, rows, own, isolated)
+    if not reason:
+        return flat, ""
+    if options.packing:
+        other = "" if own in ("eager", "sdpa") else ", or model.attn_implementation to eager or sdpa"
         raise ModelError(
-            f"data.packing: rows packed together see each other on this model (logits move by {seen:.2g}); set "
-            "data.packing: false, or model.attn_implementation to eager or sdpa"
+            f"data.packing: this model cannot take several rows in one sequence: {reason}; set data.packing to "
+            f"false{other}"
         )
+    model.set_attn_implementation(own)
+    return PaddedCollator(pad_id), f"rows are padded, in batches of like length, for end to end {reason}"

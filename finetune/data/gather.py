@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from finetune.data.cache import Cache
 from finetune.data.duplicates import Copies, copies, leaks
 from finetune.data.engine import Settings
@@ -77,6 +79,12 @@ def gather(
     if len(validation):
         validation = _without_leaks(rows, validation, options, notes)
     train = mixed(rows, [one.source.weight for one in named], options.weight_by, options.stopping_strategy, seed)
+    seen = np.bincount(train.part, minlength=len(named)) if len(train) else np.zeros(len(named))
+    notes += [
+        f"{one.report.name}: none of its rows is seen in an epoch"
+        for one, count in zip(named, seen.tolist(), strict=True)
+        if not count and len(train) and one.report.rows_kept
+    ]
     report = _report(train, named, options, removed, len(held_out), tuple(notes))
     if not len(train):
         raise DataError(
@@ -95,8 +103,6 @@ def _together(held_out: Rows, named: Rows) -> Rows:
         return held_out
     if not len(held_out):
         return named
-    import numpy as np
-
     parts = (*held_out.parts, *named.parts)
     return Rows(
         parts,
