@@ -64,6 +64,29 @@ class Base:
                     hashed.update(stream.read(_BLOCK))
         return hashed.hexdigest()
 
+    def stop_ids(self, eos_id: int | None) -> frozenset[int]:
+        """The token ids that end an answer: the tokenizer's, the config's and the generation config's end tokens.
+
+        Args:
+            eos_id: the tokenizer's.
+
+        Raises:
+            ModelError: the generation config is damaged.
+        """
+        assert self.folder is not None, "a base is fetched before it is used"
+        found: set[int] = set()
+        file = self.folder / "generation_config.json"
+        try:
+            generation = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{file} cannot be read ({error}); download it again") from error
+        for value in (eos_id, self.config.get("eos_token_id"), generation.get("eos_token_id")):
+            if isinstance(value, int):
+                found.add(value)
+            elif isinstance(value, list):
+                found.update(item for item in value if isinstance(item, int))
+        return frozenset(found)
+
 
 def find(name_or_path: str) -> Base:
     """Find and check the base that a recipe names.

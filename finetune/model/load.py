@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,16 +203,4 @@ def stop_ids(tokenizer: Tokenizer, base: Base) -> frozenset[int]:
     Raises:
         ModelError: the generation config is damaged.
     """
-    assert base.folder is not None, "a base is fetched before it is loaded"
-    found: set[int] = set()
-    file = base.folder / "generation_config.json"
-    try:
-        generation = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); download it again") from error
-    for value in (tokenizer.eos_token_id, base.config.get("eos_token_id"), generation.get("eos_token_id")):
-        if isinstance(value, int):
-            found.add(value)
-        elif isinstance(value, list):
-            found.update(item for item in value if isinstance(item, int))
-    return frozenset(found)
+    return base.stop_ids(tokenizer.eos_token_id)
