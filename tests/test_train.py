@@ -426,8 +426,16 @@ def every_key(lab: Lab) -> dict[str, Any]:
         "    def log(self, metrics, step): pass\n"
         "    def finish(self): pass\n"
     )
-    source = {"path": "train.jsonl", "format": "messages", "split": "train", "name": "rows", "weight": 2.0}
-    held = {"path": "held.jsonl", "format": "auto", "split": "train", "name": "held", "weight": 1.0}
+    rows = [json.loads(line) for line in (lab / "train.jsonl").read_text().splitlines()]
+    (lab / "renamed.jsonl").write_text("".join(json.dumps({"chat": row["messages"]}) + "\n" for row in rows))
+    source = {
+        "path": "renamed.jsonl", "format": "messages", "columns": {"messages": "chat"}, "split": "train", "name": "rows",
+        "weight": 2.0,
+    }  # fmt: skip
+    held = {
+        "path": "held.jsonl", "format": "auto", "columns": {"messages": "messages"}, "split": "train", "name": "held",
+        "weight": 1.0,
+    }  # fmt: skip
     return {
         "model": {
             "name_or_path": "chatml", "family": "llama", "dtype": "float32",
@@ -439,7 +447,15 @@ def every_key(lab: Lab) -> dict[str, Any]:
         },
         "data": {
             "train": [source], "validation": [held], "max_length": 512,
-            "on_long_row": "drop", "packing": True, "loss_on": "all", "chat_template": "mine.jinja",
+            "on_long_row": "drop", "packing": True, "packing_strategy": "bfd", "loss_on": ["assistant", "user"],
+            "loss_on_thinking": False, "history": "last", "chat_template": "mine.jinja", "validation_split": 0.2,
+            "weight_by": "tokens", "stopping_strategy": "all_exhausted", "deduplicate": "near",
+            "near_duplicate_threshold": 0.99, "on_leak": "drop", "on_bad_row": "quarantine", "streaming": False,
+            "num_proc": 1, "cache_dir": "kept-rows",
+        },
+        "audit": {
+            "min_trained_share": 0.01, "min_stop_share": 0.9, "max_truncated_share": 0.1, "max_dropped_share": 0.9,
+            "max_duplicate_share": 0.9, "min_packing_density": 0.01,
         },
         "training": {
             "method": "sft", "learning_rate": 1e-3, "num_train_epochs": 2.0, "max_steps": 3, "global_batch_size": 2,
@@ -457,7 +473,7 @@ def every_key(lab: Lab) -> dict[str, Any]:
 def test_every_key_that_is_set_is_read(lab: Lab) -> None:
     changes = every_key(lab)
     path = lab / lab.recipe(changes)
-    read_here = {"model", "adapter", "data", "training", "launch", "tracking", "output_dir"}
+    read_here = {"model", "adapter", "data", "audit", "training", "launch", "tracking", "output_dir"}
     known = {key for key in fields.known_keys() if key.split(".")[0].split("[")[0] in read_here}
     missing = {key for key in known if not _is_set(changes, key)}
     assert len(known) >= 50

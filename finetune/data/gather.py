@@ -75,7 +75,8 @@ def gather(
     held_out = Rows.of([])
     if options.validation_split:
         rows, held_out = split(rows, options.validation_split)
-    validation = _together(held_out, Rows.of([one.rows for one in apart]))
+    weights = [one.source.weight for one in apart]
+    validation = _together(held_out, mixed(Rows.of([one.rows for one in apart]), weights, seed=seed))
     if len(validation):
         validation = _without_leaks(rows, validation, options, notes)
     train = mixed(rows, [one.source.weight for one in named], options.weight_by, options.stopping_strategy, seed)

@@ -32,7 +32,7 @@ from finetune.data.tokenizer import FastDiffers
 from finetune.errors import DataError
 from finetune.formats import FORMATS
 from finetune.formats.example import Fault, Format
-from finetune.recipe.sections import DataOptions, Source
+from finetune.recipe.sections import Source
 from finetune.registry import resolve
 
 CHUNK = 512  # examples encoded at once
@@ -92,10 +92,11 @@ def prepare(
         EnvironmentFault, DiskError: the hub cannot be reached, or the cache cannot be written.
     """
     findings = _Findings([], [])
+    processes = settings.options.num_proc
     found: list[PreparedSource] = []
     for source in sources:
         try:
-            found.append(_source(source, settings, cache, findings, say or (lambda line: None)))
+            found.append(_source(source, settings, cache, findings, processes, say or (lambda line: None)))
         except _Faulty:
             continue
     refuse(findings.faults)
@@ -105,7 +106,12 @@ def prepare(
 
 
 def _source(
-    source: Source, settings: Settings, cache: Cache, findings: _Findings, say: Callable[[str], None]
+    source: Source,
+    settings: Settings,
+    cache: Cache,
+    findings: _Findings,
+    processes: int | None,
+    say: Callable[[str], None],
 ) -> PreparedSource:
     where = locate(source)
     if isinstance(where, Fault):
@@ -117,7 +123,7 @@ def _source(
         nonlocal made
         made = True
         say(f"preparing {source.name or source.path}")
-        _write(source, settings, folder, findings)
+        _write(source, settings, folder, findings, processes)
 
     name = source.name or source.path
     entry = cache.get_or_make(
@@ -169,13 +175,13 @@ def _template_hash(settings: Settings) -> str:
         return ""  # a base model without one, which only plain text can be trained on
 
 
-def _write(source: Source, settings: Settings, folder: Path, findings: _Findings) -> None:
+def _write(source: Source, settings: Settings, folder: Path, findings: _Findings, processes: int | None) -> None:
     """Prepare a source into a folder of the cache; again without shortcuts if one of them was wrong."""
     note: tuple[str, ...] = ()
     while True:
         target = folder / ROWS
         try:
-            outcome = _attempt(source, settings, target)
+            outcome = _attempt(source, settings, target, processes)
             break
         except QuickDiffers as error:
             settings = replace(settings, quick=False)
@@ -200,12 +206,12 @@ def _write(source: Source, settings: Settings, folder: Path, findings: _Findings
     (folder / REPORT).write_text(json.dumps(asdict(outcome.report)), encoding="utf-8")
 
 
-def _attempt(source: Source, settings: Settings, folder: Path) -> Chunk:
+def _attempt(source: Source, settings: Settings, folder: Path, processes: int | None) -> Chunk:
     """Write all rows of a source; the block of what is returned is None."""
     total = Chunk(None, [], SourceReport(source.name or source.path))
     folder.mkdir(exist_ok=True)
     with RowsWriter(folder) as writer:
-        for chunk in _chunks(source, settings):
+        for chunk in _chunks(source, settings, processes):
             if chunk.block is not None:
                 writer.add(chunk.block)
             total.faults += chunk.faults
@@ -215,7 +221,7 @@ def _attempt(source: Source, settings: Settings, folder: Path) -> Chunk:
     return total
 
 
-def _chunks(source: Source, settings: Settings) -> Iterator[Chunk]:
+def _chunks(source: Source, settings: Settings, processes: int | None) -> Iterator[Chunk]:
     """The chunks of a source in order, from this process or from several."""
     work = pieces(source)
     if isinstance(work, Fault):
@@ -225,7 +231,7 @@ def _chunks(source: Source, settings: Settings) -> Iterator[Chunk]:
     if isinstance(layout, Fault):
         yield Chunk(None, [layout], SourceReport(""))
         return
-    count = _processes(settings.options, work)
+    count = _processes(processes, work)
     if count == 1:
         engine = Engine(settings)
         settings.vocabulary.encoder.expect(sum(piece.size for piece in work))
@@ -250,10 +256,9 @@ def _chunks(source: Source, settings: Settings) -> Iterator[Chunk]:
                 future.cancel()
 
 
-def _processes(options: DataOptions, work: Sequence[Piece]) -> int:
+def _processes(asked: int | None, work: Sequence[Piece]) -> int:
     """How many processes prepare a source of these pieces."""
     cores = len(os.sched_getaffinity(0))
-    asked = options.num_proc
     if asked is None and sum(piece.size for piece in work) < WORTH_A_PROCESS:
         return 1
     return max(1, min(asked or cores, len(work)))
