@@ -119,6 +119,7 @@ def _without_leaks(train: Rows, validation: Rows, options: DataOptions, notes: l
         DataError: some are trained on, and on_leak is error.
     """
     near = options.near_duplicate_threshold if options.deduplicate == "near" else None
+    treated = options.on_leak
     found = leaks(train, validation, near)
     if not len(found):
         return validation
@@ -128,14 +129,14 @@ def _without_leaks(train: Rows, validation: Rows, options: DataOptions, notes: l
     )
     more = f"\n  … and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
     count = f"{len(pairs):,} validation row{' is' if len(pairs) == 1 else 's are'} trained on too"
-    if options.on_leak == "error":
+    if treated == "error":
         raise DataError(
             f"{count} (rows from 0):\n{shown}{more}\nthe validation loss would look better than it is; take them "
             "out, or set data.on_leak to drop, or to warn"
         )
     (name, row), (trained, other) = pairs[0]
     first = f"the first is row {row} of {name}, which is row {other} of {trained}, from 0"
-    if options.on_leak == "warn":
+    if treated == "warn":
         notes.append(f"warning: {count}; {first}")
         return validation
     notes.append(f"{len(pairs):,} validation rows left out because they are trained on; {first}")
