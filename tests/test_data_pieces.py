@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import pickle
 import tracemalloc
@@ -14,10 +15,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from finetune.data.examples import examples, layout_of, piece_examples
+from finetune.data.json_document import document
 from finetune.data.read import Piece, Row, pieces, read, read_piece
 from finetune.formats.example import Fault, Format
 from finetune.recipe.sections import Source
@@ -55,6 +57,7 @@ def together(source: Source, size: int) -> list[Row | Fault]:
 def test_pieces_of_json_lines_are_the_whole(
     rows: list[str], size: int, ended: bool, newline: str, marked: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    assume("".join(rows).lstrip()[:1] != "[")  # such a file may be one array, which is not divided
     path = tmp_path_factory.getbasetemp() / "pieces.jsonl"
     content = newline.join(rows) + (newline if ended else "")
     path.write_bytes((b"\xef\xbb\xbf" if marked else b"") + content.encode("utf-8").replace("ÿ".encode(), b"\xff"))
@@ -80,6 +83,56 @@ def test_pieces_of_columns_are_the_whole(size: int) -> None:
         assert [item.index for item in rows] == list(range(50))
         assert [item.place for item in rows] == [f"{name} row {number + 1}" for number in range(50)]
         assert (len(work(source, size)) > 1) == (size <= 300)
+        assert sum(piece.size for piece in work(source, size)) == sum(piece.size for piece in work(source, 1))
+
+
+class Drops(io.BytesIO):
+    """A file that gives a few bytes at a time, so that every cut through it is met."""
+
+    def __init__(self, content: bytes, most: int) -> None:
+        super().__init__(content)
+        self.most = most
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(self.most)
+
+    read1 = read
+
+
+WELL = st.sampled_from(
+    [
+        "{}",
+        '{"a": 1234}',
+        '{"text": "茶🙂 \\" \\u8336"}',
+        '{"a": [true, -1.5e7, {"b": null}]}',
+        '{"data": [{"a": 1}]}',
+        "12",
+        "null",
+    ]
+)
+ILL = st.sampled_from(
+    ['{"a": nul}', '{"a": "x', '{"a": 1,}', '{"a" 1}', "tru", '"\xff"', '{"a": "\\ud83d"}', '{"a": 1, "a": 2}']
+)
+BETWEEN = st.sampled_from([",", ", ", ",\n", "\n,\n\n  ", " "])
+OPENINGS = st.sampled_from(
+    [("[", "]"), ("[\n ", "\n]\n"), ('{"v": {"rows": 1},\n"rows": [', '], "w": 10}'), ("", ""), ("[", "")]
+)
+
+
+@given(
+    items=st.lists(WELL | ILL, min_size=1, max_size=5),
+    between=BETWEEN,
+    around=OPENINGS,
+    most=st.integers(1, 9),
+    marked=st.booleans(),
+)
+def test_a_document_is_read_alike_wherever_it_is_cut(
+    items: list[str], between: str, around: tuple[str, str], most: int, marked: bool
+) -> None:
+    text = ("\ufeff" if marked else "") + around[0] + between.join(items) + around[1]
+    content = text.encode().replace("ÿ".encode(), b"\xff")
+    whole = list(document(lambda: io.BytesIO(content), "a"))
+    assert list(document(lambda: Drops(content, most), "a")) == whole
 
 
 def test_small_pieces_are_many_and_know_their_size() -> None:

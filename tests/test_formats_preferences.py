@@ -62,6 +62,8 @@ CHAT = Preference((USER,), (YES,), (NO,))
          Preference((SYSTEM, USER, YES, AGAIN), (NO,), (YES,))),
         ({"chosen": [USER, YES, AGAIN, NO], "rejected": [USER, NO, AGAIN, NO]},
          Preference((USER,), (YES, AGAIN, NO), (NO, AGAIN, NO))),
+        ({"chosen": [USER, YES, AGAIN, NO], "rejected": [USER, YES, USER, NO]},
+         Preference((USER,), (YES, AGAIN, NO), (YES, USER, NO))),
         ({"chosen": [USER, YES], "rejected": [USER, YES, AGAIN, NO]},
          Preference((USER,), (YES,), (YES, AGAIN, NO))),
         ({"prompt": [SYSTEM], "chosen": [USER, YES], "rejected": [USER, NO]},

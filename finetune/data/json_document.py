@@ -16,8 +16,9 @@ from finetune.strict_json import DECODER, RefusedJson
 
 CONTAINERS = ("data", "rows", "examples")
 CHUNK = 1 << 18
+QUOTED = 20  # characters shown of what should not be there
 # Errors this near to the end of what was read so far may come from the cut: the longest token is -Infinity.
-MARGIN = 16
+MARGIN = QUOTED + 12
 PLAIN = json.JSONDecoder()
 BLANKS = re.compile(f"[{BLANK}]*")
 Found = tuple[str, dict[str, Any] | Fault]
@@ -131,12 +132,18 @@ class _Window:
             return self._bad_byte()
         where = getattr(error, "pos", self.at)
         place = f"{self.name}:{self.line + self.text.count(chr(10), self.at, where)}"
-        return broken(error, self.text, place, self._column)
+        return broken(error, self.text, place, self.at, self._column)
 
     def _bad_byte(self) -> Fault:
         assert self._undecodable is not None, "called for undecodable bytes only"
         place = f"{self.name}:{self.line + self.text.count(chr(10), self.at)}"
         return undecodable(self._undecodable, place, self._bytes)
+
+    def ahead(self) -> str:
+        """What stands at the present position, as a fault quotes it."""
+        while len(self.text) - self.at < QUOTED and self.more():
+            pass
+        return shorten(self.text[self.at : self.at + QUOTED])
 
     def place(self) -> str:
         return f"{self.name}:{self.line}"
@@ -242,8 +249,7 @@ def _array(window: _Window, *, alone: bool = True) -> Iterator[Found]:
 
 def _nothing_follows(window: _Window, what: str) -> None:
     if window.mark():
-        rest = shorten(window.text[window.at : window.at + 20])
-        raise _Stop(Fault("", f"{rest} after {what}", "the end", "correct the JSON", window.place()))
+        raise _Stop(Fault("", f"{window.ahead()} after {what}", "the end", "correct the JSON", window.place()))
 
 
 def _object(window: _Window) -> Iterator[Found]:
@@ -306,7 +312,7 @@ def _member(window: _Window, mark: str) -> tuple[str, RefusedJson | None]:
             window.move(window.at + 1)
             window.mark()
             return key, refused
-    found = shorten(window.text[window.at : window.at + 20]) if window.mark() else "the end of the file"
+    found = window.ahead() if window.mark() else "the end of the file"
     raise _Stop(
         Fault("", f"{found} inside an object", "a key in quotes and a colon", "correct the JSON", window.place())
     )

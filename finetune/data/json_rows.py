@@ -13,12 +13,12 @@ BLANK = " \t\r\n"
 Placed = tuple[int, str, dict[str, Any] | Fault]
 
 
-def broken(error: ValueError | RecursionError, text: str, place: str, before: int = 0) -> Fault:
-    """What is wrong with a piece of JSON, in front of whose first line `before` characters stood."""
+def broken(error: ValueError | RecursionError, text: str, place: str, start: int = 0, before: int = 0) -> Fault:
+    """What is wrong with the JSON at `start`, where `before` characters of the line that `text` begins in are gone."""
     if isinstance(error, RefusedJson):
         return Fault("", str(error), "unambiguous JSON", "correct it", place)
     if isinstance(error, json.JSONDecodeError):
-        near = text[max(0, error.pos - 10) : error.pos + 20].strip()
+        near = text[max(start, error.pos - 10) : error.pos + 20].strip()
         column = error.colno + (before if error.lineno == 1 else 0)
         at = f"column {column}" + (f" near {shorten(near)}" if near else "")
         return Fault("", f"broken JSON at {at} ({error.msg})", "one JSON object", "correct or remove it", place)
