@@ -21,7 +21,7 @@ from finetune.run.needs import needed
 
 RECIPE = {
     "model": {"name_or_path": "base"},
-    "data": {"train": "train.jsonl"},
+    "data": {"train": __file__},  # any file that is there
     "output_dir": "run",
 }
 CONFIG = {"model_type": "llama"}
@@ -107,6 +107,7 @@ def test_a_run_that_needs_an_optional_package_has_it(lab: Lab, changes: dict[str
 def test_a_plain_run_needs_none() -> None:
     assert kept() == frozenset()
     assert kept({"training.optim": "adamw_torch_fused"}) == frozenset()
+    assert kept({"data.train": "rows/*.jsonl"}) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ def test_a_plain_run_needs_none() -> None:
         ({"training.optim": "galore_adamw"}, QUANTIZERS),
         ({"training.optim": "lomo"}, SHARDING),
         ({"data.deduplicate": "near"}, SCIENCE),
+        ({"data.validation": "org/chats-with-pictures"}, MEDIA),
     ],
 )
 def test_a_recipe_keeps_what_it_asks_for(changes: dict[str, Any], packages: tuple[str, ...]) -> None:
@@ -132,8 +134,8 @@ def test_a_recipe_keeps_what_it_asks_for(changes: dict[str, Any], packages: tupl
         {"model.trust_remote_code": True},
         {"model.family": "mine.family:FAMILY"},
         {"training.method": "mine.method:METHOD"},
-        {"data.train": [{"path": "train.jsonl", "format": "mine.format:to_example"}]},
-        {"data.validation": [{"path": "held.jsonl", "format": "mine.format:to_example"}]},
+        {"data.train": [{"path": __file__, "format": "mine.format:to_example"}]},
+        {"data.validation": [{"path": __file__, "format": "mine.format:to_example"}]},
     ],
 )
 def test_code_from_outside_may_import_anything(changes: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from finetune.lean import MEDIA, OPTIONAL, QUANTIZERS, SCIENCE, SHARDING
@@ -43,13 +44,19 @@ def needed(
         found.update(QUANTIZERS, SCIENCE, SHARDING)
     if data["deduplicate"] == "near":
         found.update(SCIENCE)  # datasketch integrates with scipy
-    if not config or any(word in key for key in config for word in _MEDIA_WORDS):
+    if not config or any(word in key for key in config for word in _MEDIA_WORDS) or _reads_hub(data):
         found.update(MEDIA)
     if variables.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes", "y", "on", "t"):
         found.update(SHARDING, QUANTIZERS)  # DeepSpeed's glue looks at bitsandbytes' optimizers
     if variables.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         found.update(QUANTIZERS)
     return frozenset(found)
+
+
+def _reads_hub(data: Mapping[str, Any]) -> bool:
+    """Whether a source may be a data set of the hub, whose columns beside the text may be sounds or pictures."""
+    paths = [Path(source["path"]).expanduser() for source in (*data["train"], *data["validation"])]
+    return not all(path.exists() or set("*?[") & set(str(path)) for path in paths)
 
 
 def _runs_other_code(model: Mapping[str, Any], data: Mapping[str, Any], training: Mapping[str, Any]) -> bool:
