@@ -3,6 +3,7 @@
     finetune train RECIPE [KEY=VALUE]...    adapt a base model as the recipe says
     finetune evaluate TARGET                score a run, an adapter or a merged model on held-out rows
     finetune merge TARGET                   fold the adapter into the base, and prove it
+    finetune data prepare | audit | preview | convert
     finetune runs | recipe | base | families
 
 Nothing heavy is imported before a verb needs it: `finetune --help` and a faulty recipe answer in well under a second.
@@ -25,6 +26,7 @@ from typer.exceptions import TyperException
 from finetune import __version__
 from finetune.clash import refuse_namesake
 from finetune.cli.base import base
+from finetune.cli.data import app as data_app
 from finetune.cli.families import families
 from finetune.cli.recipe import app as recipe_app
 from finetune.cli.runs import runs
@@ -114,6 +116,7 @@ def merge(
     _answer(story.run(target, output=output, dtype=dtype, verify=verify, as_json=as_json), as_json)
 
 
+app.add_typer(data_app, name="data")
 app.command()(runs)
 app.add_typer(recipe_app, name="recipe")
 app.command()(base)
