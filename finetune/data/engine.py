@@ -19,14 +19,16 @@ from finetune.data.report import SourceReport
 from finetune.data.rows import Block, joined
 from finetune.data.shield import shielded
 from finetune.data.skeleton import Skeleton, Skeletons
-from finetune.data.template import ChatTemplate, Control, chat_template, control_tokens
+from finetune.data.template import ChatTemplate, Control, OverLimit, chat_template, control_tokens
 from finetune.data.tokenizer import Encoded, Vocabulary
+from finetune.errors import DataError
 from finetune.formats.example import KINDS, Conversation, Fault, PromptCompletion, RowError, Text, digest
 from finetune.recipe.sections import DataOptions
 
 PROVED_AT_START = 2  # chats of each shape that go both ways
 PROVED_EVERY = 1000  # then one in so many
 SHOWN_LONG = 20
+OVER_LIMIT_UNTIL = 5  # rows on which a template may go over its limits, seconds each, before it is at fault itself
 
 
 class QuickDiffers(Exception):
@@ -92,6 +94,7 @@ class Engine:
         self._control = Control(())
         self._skeletons: Skeletons | None = None
         self._uses: dict[int, int] = {}
+        self._over_limit = 0
 
     @property
     def template(self) -> ChatTemplate:
@@ -200,6 +203,10 @@ class Engine:
                 report.rows_shielded += safe is not chat
                 groups.append(render(safe, self.template, self._masking))
             except RowError as error:
+                self._over_limit += isinstance(error, OverLimit)
+                if self._over_limit >= OVER_LIMIT_UNTIL:
+                    what = f"{error}; this is the {self._over_limit}th such row, so reading ends here"
+                    raise DataError(what) from error
                 groups.append(error)
         texts = [text for group in groups if not isinstance(group, RowError) for text in group]
         pieces = iter(encode(texts, self.template, self._encoder) if texts else [])

@@ -21,7 +21,7 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-from finetune.data.template import ChatTemplate, Generation, Sandbox, environment
+from finetune.data.template import ChatTemplate, Generation, Limits, Sandbox, environment
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters of Unicode, which no text may hold
 AS_IS, STRIPPED = "a", "s"
@@ -313,5 +313,6 @@ class Probe(ChatTemplate):
 
 @cache
 def _compiled(source: str) -> jinja2.Template:
-    made = probing_environment()
-    return made.from_string(_Joins().visit(made.parse(source)))
+    with Limits():
+        made = probing_environment()
+        return made.from_string(_Joins().visit(made.parse(source)))

@@ -8,13 +8,14 @@ ships.
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import json
 import re
 import resource
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, cached_property
@@ -35,14 +36,19 @@ if TYPE_CHECKING:
     from finetune.data.tokenizer import Vocabulary
 
 SECONDS = 5.0  # one rendering; an ordinary one takes less than a millisecond
+AGAIN = 0.1  # seconds from one attempt to stop a rendering to the next
 HEADROOM = 2**30  # bytes a rendering may add to the process
 LARGEST_POWER = 10_000
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first or the second
 Messages = Sequence[dict[str, Any]]
 
 
-class _TooCostly(Exception):
-    """A rendering went over a limit."""
+class _TooCostly(BaseException):
+    """A rendering ran for too long. No Exception, since Jinja's optimizer goes on after one."""
+
+
+class OverLimit(RowError):
+    """A rendering went over a limit: the template is at fault more often than the row."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,8 @@ class ChatTemplate:
         """The text of `messages`; with `asking`, followed by the generation prompt.
 
         Raises:
-            RowError: the template refuses the messages, fails on them or goes over a limit.
-            DataError: the template is no Jinja.
+            RowError: the template refuses the messages, fails on them or (OverLimit) goes over a limit.
+            DataError: the template is no Jinja, or goes over a limit before it has seen a message.
         """
         source = self.source(bool(tools))
         try:
@@ -94,8 +100,12 @@ class ChatTemplate:
             raise DataError(
                 f"the {self.name} is no Jinja template (line {line}: {error}); correct it, or set data.chat_template"
             ) from error
+        except (_TooCostly, MemoryError, OverflowError) as error:
+            raise DataError(
+                f"the {self.name} takes over {SECONDS:g} s or 1 GiB to compile; set data.chat_template to another"
+            ) from error
         try:
-            with _limits():
+            with Limits():
                 return compiled.render(
                     messages=[_aliased(message) for message in messages],
                     tools=list(tools) if tools else None,
@@ -104,19 +114,21 @@ class ChatTemplate:
                     **self.named,
                 )
         except (_TooCostly, MemoryError, OverflowError, RecursionError) as error:
-            what = "runs for over 5 s" if isinstance(error, _TooCostly) else f"goes over 1 GiB ({type(error).__name__})"
-            raise self._refused(messages, f"messages on which the {self.name} {what}", error) from error
+            what = {_TooCostly: f"runs for over {SECONDS:g} s", RecursionError: "never stops calling itself"}.get(
+                type(error), f"goes over 1 GiB ({type(error).__name__})"
+            )
+            raise OverLimit([self._refusal(messages, f"messages on which the {self.name} {what}")]) from error
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError) as error:
             found = f"messages that the {self.name} refuses ({type(error).__name__}: {error})"
-            raise self._refused(messages, found, error) from error
+            raise RowError([self._refusal(messages, found)]) from error
 
     def _compiled(self, source: str) -> jinja2.Template:
         return _compiled(source)
 
-    def _refused(self, messages: Messages, found: str, error: BaseException) -> RowError:
+    def _refusal(self, messages: Messages, found: str) -> Fault:
         roles = ", ".join(str(message["role"]) for message in messages) or "none"
         fix = "change the messages, or set data.chat_template to a template that takes them"
-        return RowError([Fault("messages", f"{found}; roles {roles}", "messages the template takes", fix)])
+        return Fault("messages", f"{found}; roles {roles}", "messages the template takes", fix)
 
 
 def chat_template(vocabulary: Vocabulary, file: str | None, stop_ids: frozenset[int]) -> ChatTemplate:
@@ -235,27 +247,34 @@ def _refuse_private(name: object) -> None:
 
 @cache
 def _compiled(source: str) -> jinja2.Template:
-    return environment().from_string(source)
+    with Limits():  # constant expressions are evaluated while compiling
+        return environment().from_string(source)
 
 
-@contextlib.contextmanager
-def _limits() -> Iterator[None]:
-    """Bounds on one rendering. Time is bounded in the main thread only, where signals arrive."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    bound = _address_space() + HEADROOM
-    if soft == resource.RLIM_INFINITY or bound < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
-    timed = threading.current_thread() is threading.main_thread()
-    if timed:
-        before = signal.signal(signal.SIGALRM, _out_of_time)
-        left, _ = signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, left)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+class Limits:
+    """Bounds on one rendering or compilation. Time is bounded in the main thread only, where signals arrive.
+
+    No generator: where memory is short, throwing into one can fail before its `finally` is reached.
+    """
+
+    def __enter__(self) -> None:
+        self._memory = resource.getrlimit(resource.RLIMIT_AS)
+        soft, hard = self._memory
+        bound = _address_space() + HEADROOM
+        if soft == resource.RLIM_INFINITY or bound < soft:
+            resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
+        self._timed = threading.current_thread() is threading.main_thread()
+        if self._timed:
+            self._before = signal.signal(signal.SIGALRM, _out_of_time)
+            # Again and again, since an exception that a signal raises inside a finalizer is lost.
+            self._left, _ = signal.setitimer(signal.ITIMER_REAL, SECONDS, AGAIN)
+
+    def __exit__(self, *raised: object) -> None:
+        if self._timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL if self._before is None else self._before)
+            signal.setitimer(signal.ITIMER_REAL, self._left)
+        resource.setrlimit(resource.RLIMIT_AS, self._memory)
 
 
 _PAGE = resource.getpagesize()
@@ -267,8 +286,16 @@ def _address_space() -> int:
         return int(stream.read().split(b" ", 1)[0]) * _PAGE
 
 
-def _out_of_time(number: int, frame: Any) -> None:
-    raise _TooCostly
+def _out_of_time(number: int, frame: types.FrameType | None) -> None:
+    """Stop a rendering. Not while its limits are being lifted, which would leave them in place."""
+    if frame is None or frame.f_code not in _UNINTERRUPTED:
+        raise _TooCostly
+
+
+_UNINTERRUPTED = frozenset(
+    function.__code__
+    for function in (Limits.__enter__, Limits.__exit__, ChatTemplate.render, inspect.unwrap(_compiled))
+)
 
 
 @dataclass(frozen=True)
