@@ -23,17 +23,15 @@ from finetune.data import quarantine
 from finetune.data.cache import Cache, code_version, key
 from finetune.data.engine import Chunk, Engine, QuickDiffers, Settings, together
 from finetune.data.examples import SHOWN, Located, layout_of, piece_examples, refuse
-from finetune.data.read import Piece, pieces
+from finetune.data.read import Piece, no_rows, pieces
 from finetune.data.report import SourceReport
 from finetune.data.rows import RowsWriter, SourceRows
 from finetune.data.source import HubDataset, LocalFiles, locate
 from finetune.data.template import chat_template
 from finetune.data.tokenizer import FastDiffers
 from finetune.errors import DataError
-from finetune.formats import FORMATS
 from finetune.formats.example import Fault, Format
 from finetune.recipe.sections import Source
-from finetune.registry import resolve
 
 CHUNK = 512  # examples encoded at once
 WORTH_A_PROCESS = 8 * 2**20  # bytes of source below which starting processes costs more than it saves
@@ -131,8 +129,18 @@ def _source(
     )
     facts = json.loads((entry / REPORT).read_text(encoding="utf-8"))
     report = SourceReport(**{**facts, "name": name, "notes": tuple(facts["notes"])})
+    report.notes += _told(where)
     bad = entry / QUARANTINE
     return PreparedSource(source, SourceRows(entry / ROWS, name), report, bad if bad.is_file() else None, made)
+
+
+def _told(where: LocalFiles | HubDataset) -> tuple[str, ...]:
+    """What should be said of where rows come from."""
+    if isinstance(where, HubDataset):
+        note = where.note()
+        return (note,) if note else ()
+    some = ", ".join(where.ignored[:3]) + (" …" if len(where.ignored) > 3 else "")
+    return (f"{len(where.ignored)} other files not read: {some}",) if where.ignored else ()
 
 
 def _key(source: Source, where: LocalFiles | HubDataset, settings: Settings, cache: Cache) -> str:
@@ -218,6 +226,8 @@ def _attempt(source: Source, settings: Settings, folder: Path, processes: int | 
             total.report.add(chunk.report)
             total.long_rows += chunk.long_rows
             total.long_rows = [*total.long_rows[:SHOWN], *([max(total.long_rows)] if total.long_rows else [])]
+    if not total.report.rows_read and not total.faults:
+        total.faults.append(no_rows(source))
     return total
 
 
@@ -239,17 +249,16 @@ def _chunks(source: Source, settings: Settings, processes: int | None) -> Iterat
             yield from _piece_chunks(piece, source, layout, engine)
         return
     context = get_context("spawn")
-    named = layout.name if source.format == "auto" else source.format
     with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(settings,)) as pool:
         waiting: deque[Future[Chunk]] = deque()
         rest = iter(work)
         try:
             for piece in islice(rest, count * AHEAD):
-                waiting.append(pool.submit(_one_piece, piece, source, named))
+                waiting.append(pool.submit(_one_piece, piece, source, layout))
             while waiting:
                 done = waiting.popleft().result()
                 for piece in islice(rest, 1):
-                    waiting.append(pool.submit(_one_piece, piece, source, named))
+                    waiting.append(pool.submit(_one_piece, piece, source, layout))
                 yield done
         finally:
             for future in waiting:
@@ -271,10 +280,8 @@ def _begin(settings: Settings) -> None:
     _ENGINE[:] = [Engine(settings)]
 
 
-def _one_piece(piece: Piece, source: Source, named: str) -> Chunk:
+def _one_piece(piece: Piece, source: Source, layout: Format) -> Chunk:
     """All rows of a piece, in a worker process."""
-    layout = resolve("format", named, FORMATS)
-    assert isinstance(layout, Format), "the parent has found the format"
     total = Chunk(None, [], SourceReport(""))
     blocks = []
     for chunk in _piece_chunks(piece, source, layout, _ENGINE[0]):
