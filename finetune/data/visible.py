@@ -7,12 +7,14 @@ text at bidirectional overrides, so that it seems to say something else; none of
 from __future__ import annotations
 
 import re
+import unicodedata
 
-# Controls but for newline; soft hyphen; what has no width, joins or directs; line and paragraph separators; halves of
-# characters; private and reserved ones; tags.
-HIDING = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
-    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufdd0-\ufdef\ud800-\udfff\U000e0000-\U000e0fff]"
+UNUSUAL = re.compile("[^ -~\n]")
+# Controls, formats (directions, joiners, tags), halves of characters, separators of lines and of paragraphs, unassigned.
+HIDING = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
+# Letters and marks without any shape: joiners, fillers, selectors of variants.
+SHAPELESS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 RETURN = "\u21b5"  # stands before each newline
 
@@ -24,11 +26,14 @@ def visible(text: str, *, lines: bool = False) -> str:
         text: any text.
         lines: whether newlines break the line, behind a sign; else the sign stands alone.
     """
-    return HIDING.sub(_shown, text).replace("\n", f"{RETURN}\n" if lines else RETURN)
+    return UNUSUAL.sub(_shown, text).replace("\n", f"{RETURN}\n" if lines else RETURN)
 
 
 def _shown(match: re.Match[str]) -> str:
-    number = ord(match.group())
+    letter = match.group()
+    if unicodedata.category(letter) not in HIDING and not SHAPELESS.match(letter):
+        return letter
+    number = ord(letter)
     if number < 0x20:
         return chr(0x2400 + number)  # the pictures that Unicode has of them
     if number == 0x7F:
