@@ -5,7 +5,7 @@
 Variants:
     trl            SFTTrainer as it comes (activation checkpointing on, attention as transformers chooses)
     trl-lean       SFTTrainer with checkpointing off and the attention kernel that we choose
-    ours           finetune's trainer with what `auto` gives
+    ours           finetune's trainer with what `auto` gives: rows end to end, no padding
 
 Each is run `--rounds` times, turn by turn, so that a machine whose speed drifts treats all alike. A run's figure is the
 median over its steps but the first two. Quote the ratio, not the absolute figure.
@@ -28,15 +28,18 @@ BASE = ROOT / "data" / "smollm2-135m-instruct"
 VARIANTS = ("trl", "trl-lean", "ours")
 
 
-def measure(variant: str, steps: int, rows: int) -> dict[str, Any]:
-    """Train `steps` steps of `rows` rows in this process; tokens per second (padding not counted) and the losses."""
+def measure(variant: str, steps: int, rows_a_step: int) -> dict[str, Any]:
+    """Train `steps` steps of `rows_a_step` rows in this process; tokens per second (padding not counted) and the losses."""
     import torch
     from transformers import TrainerCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.data.feed import collator, feed
+    from datasets import Dataset
+    from finetune.data.collate import FlatCollator, PaddedCollator
+    from finetune.data.feed import feed
     from finetune.families import match
     from finetune.methods.sft import trainer as our_trainer
+    from finetune.model.attention import attention_width, isolate
     from finetune.model.build import build
     from finetune.model.folder import find
     from finetune.model.load import attention, load_tokenizer, precision, stop_ids
@@ -49,7 +52,7 @@ def measure(variant: str, steps: int, rows: int) -> dict[str, Any]:
     model_options = ModelOptions(name_or_path=str(BASE))
     data_options = DataOptions.model_validate({"train": str(ROOT / "data" / "tickets" / "train.jsonl")})
     training = TrainingOptions(
-        learning_rate=1e-3, max_steps=steps, global_batch_size=rows, lr_scheduler_type="linear", warmup_steps=0.0
+        learning_rate=1e-3, max_steps=steps, global_batch_size=rows_a_step, lr_scheduler_type="linear", warmup_steps=0.0
     )
     base = find(model_options.name_or_path)
     tokenizer = load_tokenizer(model_options, base)
@@ -57,16 +60,15 @@ def measure(variant: str, steps: int, rows: int) -> dict[str, Any]:
     hardware = detect()
     compute = compute_dtype("auto", hardware)
     ours = attention(model_options, hardware.device, fed.longest)
-    attn = "sdpa" if variant == "trl" else ours
+    attn = "sdpa" if variant == "trl" else ours.own
     set_seed(training.seed)
     device = None if hardware.device == "cpu" else torch.device(hardware.device)
     built = build(
         model_options, AdapterOptions(), base, match("auto", base.model_type),
         precision(model_options, "lora", compute), attn, device,
     )  # fmt: skip
-    collate = collator(data_options, tokenizer.pad_token_id, attn, compute)
     arguments = trainer_arguments(
-        training, LaunchOptions(), BatchShape(rows, 1, 1), Path(tempfile.mkdtemp()), compute, hardware.device, False
+        training, LaunchOptions(), BatchShape(rows_a_step, 1, 1), Path(tempfile.mkdtemp()), compute, hardware.device, False
     )
 
     class Clock(TrainerCallback):
@@ -84,15 +86,17 @@ def measure(variant: str, steps: int, rows: int) -> dict[str, Any]:
     clock = Clock()
     if variant == "ours":
         folder = RunFolder(Path(arguments.output_dir))
+        isolate(built.model, ours.inside, fed.longest)
+        train, _ = fed.schedules(attention_width(built.model), alike=False)
         trainer = our_trainer(
-            model=built.model, tokenizer=tokenizer, arguments=arguments, train=fed.train.rows, validation=None,
-            collate=RowCollator(collate), folder=folder, callbacks=[clock],
+            model=built.model, tokenizer=tokenizer, arguments=arguments, train=train, validation=None,
+            collate=RowCollator(FlatCollator()), folder=folder, callbacks=[clock],
         )  # fmt: skip
     else:
         lean = {} if variant == "trl" else {"activation_checkpointing": False, "gradient_checkpointing": False}
         config = SFTConfig(
             output_dir=arguments.output_dir,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=rows_a_step,
             max_steps=steps,
             learning_rate=1e-3,
             lr_scheduler_type="linear",
@@ -109,12 +113,14 @@ def measure(variant: str, steps: int, rows: int) -> dict[str, Any]:
             logging_steps=1,
             **lean,
         )
+        rows = fed.train.rows
+        padded = Dataset.from_list([{key: rows[at][key] for key in ("input_ids", "labels")} for at in range(len(rows))])
         trainer = SFTTrainer(
-            model=built.model, args=config, train_dataset=fed.train.rows, processing_class=tokenizer,
-            data_collator=collate, callbacks=[clock],
+            model=built.model, args=config, train_dataset=padded, processing_class=tokenizer,
+            data_collator=PaddedCollator(tokenizer.pad_token_id), callbacks=[clock],
         )  # fmt: skip
     trainer.train()
-    tokens = statistics.mean(map(len, fed.train.rows["input_ids"])) * rows
+    tokens = sum(fed.units(fed.train.rows).tokens) / len(fed.train.rows) * rows_a_step
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"tokens_per_second": tokens / statistics.median(clock.seconds[2:]), "losses": losses, "attention": attn}
 

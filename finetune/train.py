@@ -264,7 +264,7 @@ def _trainer(
     from finetune.run.ranks import SameWeights
     from finetune.run.trainer import RowCollator
 
-    isolated = isolate(built.model, attn.inside)
+    isolated = isolate(built.model, attn.inside, data.longest)
     collate, padded = collator(
         loaded.recipe.data, tokenizer.pad_token_id, built.model, data.train.rows, attn.own, isolated
     )

@@ -78,19 +78,25 @@ def leak(model: Any, batch: Batch) -> float:
     return _distance(moved[1], moved[0])
 
 
-def gap(model: Any, batch: Batch, alone: Callable[[Any, Tensor], Tensor]) -> float:
+def alone(model: Any, batch: Batch) -> list[Tensor]:
+    """(T, vocabulary) float32 logits of each document of a batch, asked by itself."""
+    with _answering(model):
+        spans = pairwise(batch["cu_seq_lens_q"].tolist())
+        return [_logits(model, {"input_ids": batch["input_ids"][:, start:end]}) for start, end in spans]
+
+
+def gap(model: Any, batch: Batch, expected: Sequence[Tensor]) -> float:
     """How far the logits of documents end to end are from those of each alone, relative to their size; the largest.
 
     Args:
         model: a causal language model; its training mode is restored.
         batch: of the collator that training uses.
-        alone: gives (T, vocabulary) logits of token ids (1, T) that stand alone.
+        expected: from `alone`.
     """
-    spans = list(pairwise(batch["cu_seq_lens_q"].tolist()))
     with _answering(model):
         together = _logits(model, batch)
-        expected = [alone(model, batch["input_ids"][:, start:end]) for start, end in spans]
-    return max(_distance(together[start:end], own) for (start, end), own in zip(spans, expected, strict=True))
+    parts = together.split([len(own) for own in expected])
+    return max(_distance(part, own) for part, own in zip(parts, expected, strict=True))
 
 
 def fault(model: Any, collate: Callable[[Sequence[Feature]], Batch], rows: Any, own: str, isolated: str) -> str:
@@ -104,17 +110,15 @@ def fault(model: Any, collate: Callable[[Sequence[Feature]], Batch], rows: Any, 
         isolated: name of the attention under test.
     """
 
-    def alone(model: Any, ids: Tensor) -> Tensor:
-        model.set_attn_implementation(own)
-        try:
-            return _logits(model, {"input_ids": ids})
-        finally:
-            model.set_attn_implementation(isolated)
-
     batch = collate(probe_documents(rows))
+    model.set_attn_implementation(own)
+    try:
+        expected = alone(model, batch)  # what goes wrong here is not for want of isolation
+    finally:
+        model.set_attn_implementation(isolated)
     try:
         moved = leak(model, batch)
-        apart = gap(model, batch, alone)
+        apart = gap(model, batch, expected)
     except torch.OutOfMemoryError:
         raise
     except _RAISED as error:

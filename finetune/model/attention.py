@@ -44,21 +44,43 @@ class NotIsolated(ValueError):
     """The model asks for something that attention over documents does not do."""
 
 
-def isolate(model: Any, kernel: str) -> str:
-    """Let a model attend within documents; a model that cannot keeps its own attention, which a probe must find.
+def isolate(model: Any, kernel: str, longest: int) -> str:
+    """Let a model attend within documents, where its code asks for attention through transformers' interface.
+
+    Another keeps its own, which may find documents by `position_ids` or not: the probe must tell.
 
     Args:
         model: a transformers model, with or without an adapter.
         kernel: "eager", "sdpa", or the name of an implementation of transformers that finds documents by itself.
+        longest: tokens of the longest document.
 
     Returns:
-        The name under which transformers knows that attention.
+        The name of the attention that the model now runs with.
     """
+    if kernel in ISOLATED and _says_more_in_masks(model, longest):
+        return str(model.config._attn_implementation)
     for name, registered in ISOLATED.items():
         AttentionInterface.register(registered, functools.partial(attend, kernel=name))
-    isolated = ISOLATED.get(kernel, kernel)
-    model.set_attn_implementation(isolated)
-    return isolated
+    model.set_attn_implementation(ISOLATED.get(kernel, kernel))
+    return str(model.config._attn_implementation)
+
+
+def _says_more_in_masks(model: Any, longest: int) -> bool:
+    """Whether only the model's masks say that tokens do not see all of a document: chunks, or windows not passed on."""
+    config = model.config.get_text_config()
+    if (getattr(config, "attention_chunk_size", None) or longest) < longest:
+        return True
+    if (getattr(config, "sliding_window", None) or longest) >= longest:
+        return False
+    sources = (_source(kind) for kind in {type(module) for module in model.modules()})
+    return any("attention_interface(" in source and "sliding_window=" not in source for source in sources)
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def attention_width(model: Any) -> float:
