@@ -34,7 +34,8 @@ from finetune.model.product import Form, product
 # up to about this many tokens, where its quadratic score matrix begins to cost more than it saves.
 EAGER_UP_TO = 512
 
-ISOLATED = {"eager": "isolated_eager", "sdpa": "isolated_sdpa"}
+# Without the words "sdpa" and "flash", for which transformers looks in names to ask whether a model may have those.
+ISOLATED = {"eager": "isolated_product", "sdpa": "isolated_kernel"}
 
 # Arguments by which a model asks for attention of another form; ignoring one would be silently wrong.
 _REFUSED = ("indices", "block_indices", "position_bias", "sinks", "cache")
