@@ -199,7 +199,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     from finetune.data.cache import Cache
     from finetune.data.engine import Settings
     from finetune.data.feed import feed
-    from finetune.data.tokenizer import Vocabulary
+    from finetune.data.vocabulary import load
     from finetune.model.build import build
     from finetune.model.fetch import fetch
     from finetune.model.load import attention, load_tokenizer, precision, stop_ids
@@ -216,12 +216,15 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
 
     base = fetch(checked.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(recipe.model, base)
-    settings = Settings(Vocabulary.of(tokenizer), stop_ids(tokenizer, base), recipe.data)
-    data = feed(
-        settings, recipe.audit, Cache(recipe.data.cache_dir), recipe.training.seed, lambda line: say("data", line)
-    )
+    cache = Cache(recipe.data.cache_dir)
+    assert base.folder is not None, "a fetched base has a folder"
+    settings = Settings(load(base.folder, cache, lambda: tokenizer), stop_ids(tokenizer, base), recipe.data)
+    data = feed(settings, recipe.audit, cache, recipe.training.seed, lambda line: say("data", line))
     for number, line in enumerate(data.lines()):
         say("" if number else "data", line)
+    removed, freed = cache.prune_daily() if launched.is_main else (0, 0)
+    if removed:
+        say("cache", f"{removed} prepared sources unused for 30 days removed from {cache.root}, {freed / 1e6:.0f} MB")
 
     ranks.start(launched, hardware.device, recipe.launch.timeout)
     try:
@@ -421,6 +424,7 @@ def _begin(
         "data": {
             "train": data.train.facts(),
             "validation": validation.facts() if validation else None,
+            **data.encoding,
         },
         "world_size": launched.size,
         "hardware": hardware.facts(),

@@ -68,6 +68,15 @@ class Settings:
     options: DataOptions
     quick: bool = True
 
+    def facts(self) -> dict[str, object]:
+        """Hashes of tokenizer and chat template, and the stop tokens, for a run's manifest."""
+        try:
+            template = chat_template(self.vocabulary, self.options.chat_template, self.stop_ids).hash
+        except DataError:  # a base model without one, trained on plain text
+            template = None
+        stops = [[number, self.vocabulary.text_of(number)] for number in sorted(self.stop_ids)]
+        return {"tokenizer_sha256": self.vocabulary.hash, "template_sha256": template, "stop_tokens": stops}
+
 
 _Ids = np.ndarray | list[int]
 _Row = tuple[_Ids, Sequence[tuple[int, int]], int]  # ids, trained ranges, turn

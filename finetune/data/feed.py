@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class Feed:
         validation: rows whose loss is measured; None without any.
         seed: of the order.
         cache: holds the files of the rows as long as this lives.
+        encoding: hashes of tokenizer and template, for a run's manifest.
     """
 
     options: DataOptions
@@ -41,6 +42,7 @@ class Feed:
     validation: Prepared | None
     seed: int
     cache: Cache | None = None
+    encoding: dict[str, object] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -99,7 +101,7 @@ def feed(
         FinetuneError: as `finetune.data.gather.gather`; DataError where a bound of the audit section is not kept.
     """
     train, validation = gather(settings, cache, seed, say)
-    found = Feed(settings.options, train, validation, seed, cache)
+    found = Feed(settings.options, train, validation, seed, cache, settings.facts())
     refuse_beyond(train, audit, settings.options)
     return found
 
