@@ -211,7 +211,8 @@ def check_sources(options: DataOptions, needs: Sequence[Gives] | None = None, sa
         right = 0
         for found in examples(source):
             if isinstance(found, Fault):
-                faults.append(found)
+                if found.index < 0 or options.on_bad_row == "error":  # others will stand in quarantine
+                    faults.append(found)
                 continue
             kinds.add(KINDS[type(found.example)])
             right += 1
