@@ -309,7 +309,8 @@ def _violations(sources: Sequence[SourceAudit], leaked: Alike | None, settings: 
                 f"once (the first: {first['place']}: {first['found']}); please report this with the chat template"
             )
     options = settings.options
-    if leaked is not None and options.on_leak == "error" and (count := leaked.near or leaked.exact):
+    near = leaked is not None and leaked.near is not None and options.deduplicate == "near"
+    if leaked is not None and options.on_leak == "error" and (count := leaked.near if near else leaked.exact):
         first = leaked.first[0]
         yield (
             f"data.on_leak: {count:,} validation row{' is' if count == 1 else 's are'} trained on too, the first is "

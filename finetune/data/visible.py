@@ -10,7 +10,7 @@ import re
 import unicodedata
 
 UNUSUAL = re.compile("[^ -~\n]")
-# Controls, formats (directions, joiners, tags), halves of characters, separators of lines and of paragraphs, unassigned.
+# Controls, formats (directions, joiners, tags), halves of characters, separators of lines and paragraphs, unassigned.
 HIDING = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 # Letters and marks without any shape: joiners, fillers, selectors of variants.
 SHAPELESS = re.compile(
