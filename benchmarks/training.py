@@ -29,14 +29,17 @@ VARIANTS = ("trl", "trl-lean", "ours")
 
 
 def measure(variant: str, steps: int, rows_a_step: int) -> dict[str, Any]:
-    """Train `steps` steps of `rows_a_step` rows in this process; tokens per second (padding not counted) and the losses."""
+    """Train in this process; tokens per second of process time and wall time (padding not counted), and the losses."""
     import torch
+    from datasets import Dataset
     from transformers import TrainerCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from datasets import Dataset
+    from finetune.data.cache import Cache
     from finetune.data.collate import FlatCollator, PaddedCollator
+    from finetune.data.engine import Settings
     from finetune.data.feed import feed
+    from finetune.data.vocabulary import load
     from finetune.families import match
     from finetune.methods.sft import trainer as our_trainer
     from finetune.model.attention import attention_width, isolate
@@ -44,7 +47,14 @@ def measure(variant: str, steps: int, rows_a_step: int) -> dict[str, Any]:
     from finetune.model.folder import find
     from finetune.model.load import attention, load_tokenizer, precision, stop_ids
     from finetune.plan.hardware import compute_dtype, detect
-    from finetune.recipe.sections import AdapterOptions, DataOptions, LaunchOptions, ModelOptions, TrainingOptions
+    from finetune.recipe.sections import (
+        AdapterOptions,
+        AuditOptions,
+        DataOptions,
+        LaunchOptions,
+        ModelOptions,
+        TrainingOptions,
+    )
     from finetune.run.arguments import BatchShape, trainer_arguments
     from finetune.run.folder import RunFolder
     from finetune.run.trainer import RowCollator
@@ -56,7 +66,10 @@ def measure(variant: str, steps: int, rows_a_step: int) -> dict[str, Any]:
     )
     base = find(model_options.name_or_path)
     tokenizer = load_tokenizer(model_options, base)
-    fed = feed(data_options, tokenizer, stop_ids(tokenizer, base), training.seed)
+    cache = Cache(tempfile.mkdtemp())
+    assert base.folder is not None, "the quickstart's base is a folder"
+    settings = Settings(load(base.folder, cache, lambda: tokenizer), stop_ids(tokenizer, base), data_options)
+    fed = feed(settings, AuditOptions(), cache, training.seed)
     hardware = detect()
     compute = compute_dtype("auto", hardware)
     ours = attention(model_options, hardware.device, fed.longest)
@@ -67,8 +80,9 @@ def measure(variant: str, steps: int, rows_a_step: int) -> dict[str, Any]:
         model_options, AdapterOptions(), base, match("auto", base.model_type),
         precision(model_options, "lora", compute), attn, device,
     )  # fmt: skip
+    shape = BatchShape(rows_a_step, 1, 1)
     arguments = trainer_arguments(
-        training, LaunchOptions(), BatchShape(rows_a_step, 1, 1), Path(tempfile.mkdtemp()), compute, hardware.device, False
+        training, LaunchOptions(), shape, Path(tempfile.mkdtemp()), compute, hardware.device, False
     )
 
     class Clock(TrainerCallback):

@@ -38,7 +38,8 @@ class ModelOptions(Section):
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
-    """Attention kernel: `auto` is eager for short rows on a CPU, sdpa elsewhere."""
+    """Attention kernel inside each row, which sees no other: `auto` is eager on a CPU for rows up to 512 tokens, sdpa
+    elsewhere."""
     trust_remote_code: bool = False
     """Run Python code that the model repository ships. Leave off unless you have read that code."""
 
