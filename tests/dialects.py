@@ -84,6 +84,8 @@ def _split(words: str) -> tuple[str, ...]:
 
 THINK = _split("<think> </think>")
 CALLS = _split("<tool_call> </tool_call> <tool_response> </tool_response>")
+ARGUMENTS = _split("<arg_key> </arg_key> <arg_value> </arg_value>")
+CONTENT_TAGS = frozenset((*THINK, *CALLS, *ARGUMENTS))
 CHATML = _split("<|endoftext|> <|im_start|> <|im_end|>")
 VISION = _split("<|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>")
 DEEPSEEK = _split("<｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>")
@@ -133,7 +135,7 @@ DIALECTS = {
             Dialect(f"nemotron_3_{name}", CHATML, (*CALLS, *THINK), IM_END)
             for name in ("5_lightning", "nano", "super", "ultra")
         ),
-        *(Dialect(name, LLAMA, ("<|python_tag|>",), ("<|eot_id|>", "<|eom_id|>"), LLAMA[0])
+        *(Dialect(name, (*LLAMA, "<|python_tag|>"), (), ("<|eot_id|>", "<|eom_id|>"), LLAMA[0])
             for name in ("llama3_1", "llama3_2")),
         Dialect("llama3", LLAMA, (), ("<|eot_id|>",), LLAMA[0]),
         *(Dialect(name, DEEPSEEK, (*DEEPSEEK_TAGS, *THINK), DEEPSEEK[1:], DEEPSEEK[0])
@@ -147,12 +149,12 @@ DIALECTS = {
         ),
         *(Dialect(name, (*LFM2, "<image>"), THINK, IM_END, LFM2[0])
             for name in ("lfm2", "lfm2_v2", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl")),
-        Dialect("glm4moe", GLM, (*CALLS, *THINK, *_split("<arg_key> </arg_key> <arg_value> </arg_value>")),
+        Dialect("glm4moe", GLM, (*CALLS, *THINK, *ARGUMENTS),
             ("<|endoftext|>", "<|user|>", "<|observation|>")),
         Dialect("gptoss", GPTOSS, (), ("<|return|>", "<|call|>", "<|endoftext|>"), GPTOSS[0]),
         *(Dialect(name, _split("<|endoftext|> <|system|> <|user|> <|assistant|> <|end|>"), (),
-            ("<|end|>", "<|endoftext|>")) for name in ("phi3", "phi3_5")),
-        Dialect("muse_glimmer", MUSE, (), ("<|eot|>", "<|eom|>"), MUSE[0]),
+            ("<|endoftext|>", "<|end|>")) for name in ("phi3", "phi3_5")),
+        Dialect("muse_glimmer", MUSE, (), ("<|eot|>",), MUSE[0]),
         Dialect("idefics3", IDEFICS, (), ("<end_of_utterance>",), IDEFICS[0]),
         Dialect("smolvlm", IDEFICS, (), ("<end_of_utterance>",), "<|im_start|>"),
         Dialect("llava_next", _split("<s> </s> <image>"), (), ("</s>",), "<s>"),
@@ -197,6 +199,8 @@ def tokenizer(name: str, training: bool = False) -> PreTrainedTokenizerFast:
     )
     made.chat_template = (TRL / f"{name}_training.jinja").read_text(encoding="utf-8") if training else dialect.source
     made.name_or_path = name
+    # transformers would take every added token that the template holds, tags such as <think> included.
+    made.chat_control_tokens = [text for text in dialect.tags if text not in CONTENT_TAGS]
     return made
 
 

@@ -53,6 +53,7 @@ class Kinds:
         tags: whether texts may hold tags of reasoning and of calls.
         tokens: look-alikes that texts may hold.
         alternating: users and assistants take turns, as some templates demand.
+        tame: texts begin and end with letters, as nearly all do.
     """
 
     system: bool = True
@@ -61,6 +62,7 @@ class Kinds:
     tags: bool = True
     tokens: Sequence[str] = ()
     alternating: bool = False
+    tame: bool = False
 
 
 def text(draw: Random, kinds: Kinds, *, filled: bool = False) -> str:
@@ -74,16 +76,14 @@ def text(draw: Random, kinds: Kinds, *, filled: bool = False) -> str:
             elif kinds.tags and luck < 0.07:
                 pieces.append(draw.choice(TAGS))
             elif luck < 0.12:
-                pieces.append(
-                    chr(
-                        draw.choice(
-                            (draw.randrange(32, 127), draw.randrange(0xA1, 0xD7FF), 0x1F600 + draw.randrange(60))
-                        )
-                    )
-                )
+                first, last = draw.choice(((32, 127), (0xA1, 0xD7FF), (0x1F600, 0x1F640)))
+                pieces.append(chr(draw.randrange(first, last)))
             else:
                 pieces.append(draw.choice(WORDS))
-        made = draw.choice(BLANKS) + draw.choice((" ", " ", "", "\n")).join(pieces) + draw.choice(BLANKS)
+        edges = ("", "") if kinds.tame else (draw.choice(BLANKS), draw.choice(BLANKS))
+        made = edges[0] + draw.choice((" ", " ", "", "\n")).join(pieces) + edges[1]
+        if kinds.tame:
+            made = f"So {made} it is"
         if made.strip() or not filled:
             return made
 

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from dialects import DIALECTS, TRL, stop_ids, tokenizer
+from dialects import DIALECTS, TRL, stop_ids, tokenizer, vocabulary
 from jinja2.exceptions import TemplateError
 from random_chats import TOOLS, Kinds, chat
 

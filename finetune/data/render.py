@@ -14,7 +14,7 @@ as hold every turn in the context that a server would send.
 A generation prompt that says more than the finished turn does: where it adds a closed block (such as an empty pair of
 think tags), the row is that prompt and the answer, because that is what is served. Where it opens a block of
 reasoning that the finished turn drops (DeepSeek-R1 opens <think>), the row is that prompt, the message's reasoning, the
-end of the block and the answer. Where no row could equal serving, the template is refused.
+end of the block and the answer. Where no row could equal serving, the chat is refused.
 
 No end-of-turn token of its own: GLM-4 ends a turn with the next turn's role token. What the template writes next is
 looked at, and when it begins with a stop token, that token belongs to the turn.
@@ -22,13 +22,13 @@ looked at, and when it begins with a stop token, that token belongs to the turn.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.data.template import REASONING, ChatTemplate
-from finetune.errors import DataError
 from finetune.formats.example import Conversation, Fault, RowError, shorten
 from finetune.recipe.sections import DataOptions
 
@@ -37,6 +37,7 @@ History = Literal["expand", "last", "as_rendered"]
 WHOLE = -1
 TAG = re.compile(r"<(/?)([A-Za-z_][\w-]*)>")
 THOUGHT = "</think>"  # how reasoning ends where it stands in the content itself
+SHORT = 24  # characters of an answer that may stand by chance in what a template writes
 MARKS = ("0 0", "1 1")  # two texts that share no first and no last character
 
 
@@ -108,8 +109,8 @@ def render(conversation: Conversation, template: ChatTemplate, masking: Masking)
     Messages after the last trained one are left out, since nothing that is trained could see them.
 
     Raises:
-        RowError: the template refuses the messages, or no message is trained.
-        DataError: the template's generation prompt cannot be reconciled with its finished turns.
+        RowError: the template refuses the messages, leaves out what is trained of them or asks for a turn in a way that
+            its finished turns cannot be reconciled with; or no message is trained.
     """
     if masking.loss_on == "all":
         text = template.render(conversation.messages, conversation.tools)
@@ -171,9 +172,31 @@ def _turn(conversation: Conversation, turn: int, template: ChatTemplate) -> tupl
     prompt = template.render(messages[:turn], tools, asking=True)
     through = template.render(messages[: turn + 1], tools)
     whole = through if through.startswith(prompt) else _joined(prompt, through, conversation, turn, template)
+    _refuse_left_out(whole[len(prompt) :], conversation, turn, template)
+    whole = whole[: _stopped(whole, template)]
     if whole[len(prompt) :].rstrip().endswith(template.stops):
         return prompt, whole
     return prompt, whole + _next_turns_stop(through, conversation, turn, template)
+
+
+def _refuse_left_out(written: str, conversation: Conversation, turn: int, template: ChatTemplate) -> None:
+    """Refuse an answer whose words or calls the template does not write: something else would be trained for it."""
+    message = conversation.messages[turn]
+    words = message["content"].strip()
+    if words and (words not in written or (type(words) is str and len(words) < SHORT)):
+        probes = {template.render(_with(conversation, turn, m).messages[: turn + 1], conversation.tools) for m in MARKS}
+        if len(probes) == 1:
+            raise RowError([_left_out(f"messages[{turn}].content", f"words that the {template.name} leaves out")])
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        name = call["function"]["name"]
+        if name not in written and json.dumps(name)[1:-1] not in written:
+            where = f"messages[{turn}].tool_calls[{number}]"
+            raise RowError([_left_out(where, f"a call that the {template.name} leaves out")])
+
+
+def _left_out(where: str, found: str) -> Fault:
+    fix = "set data.chat_template to a template that writes it, or remove the row"
+    return Fault(where, found, "what the answer holds, in the text that is trained", fix)
 
 
 def _joined(prompt: str, through: str, conversation: Conversation, turn: int, template: ChatTemplate) -> str:
@@ -182,28 +205,53 @@ def _joined(prompt: str, through: str, conversation: Conversation, turn: int, te
     Where the answer begins is found with two answers that share no first character: their renderings agree exactly up
     to it.
     """
-    messages, tools = conversation.messages, conversation.tools
-    probes = [template.render(_with(conversation, turn, mark).messages[: turn + 1], tools) for mark in MARKS]
+    probes = [
+        template.render(_with(conversation, turn, mark).messages[: turn + 1], conversation.tools) for mark in MARKS
+    ]
     header = _shared_start(*probes)
-    filled = bool(messages[turn]["content"].strip())
     added = prompt[len(_shared_start(prompt, header)) :]
-    if filled and through.startswith(header):
+    if through.startswith(header):
         if prompt.startswith(header) and _open_tags(added) == []:
             return prompt + through[len(header) :]
         if _open_tags(prompt[len(_shared_line(prompt, header)) :]) == ["think"]:
             return _thought_out(prompt, through[len(header) :], conversation, turn, template)
-    raise DataError(
-        f"the {template.name} asks for an answer with {shorten(added)}, which its finished turns do not have "
-        f"(messages[{turn}]): no row could equal what a server sends. Set data.chat_template to a copy of the template "
-        "whose generation prompt is how an assistant turn begins"
+    start = _after_generation_prompt(prompt, through, conversation, turn, template)
+    if start is not None:
+        return prompt + through[start:]
+    found = f"a turn that the {template.name} asks for with {shorten(added)}, which it does not write when finished"
+    expected = "a turn that can stand as a server asks for it"
+    fix = (
+        "leave the turn's reasoning out if it is that, or set data.chat_template to a copy of the template whose "
+        "generation prompt is how an assistant turn begins"
     )
+    raise RowError([Fault(f"messages[{turn}]", found, expected, fix)])
+
+
+def _after_generation_prompt(
+    prompt: str, through: str, conversation: Conversation, turn: int, template: ChatTemplate
+) -> int | None:
+    """Where the finished turn goes on after its generation prompt, when what differs lies before it.
+
+    A template may write an earlier turn otherwise once another one follows (Qwen3 shows reasoning in a last answer
+    only), so the finished chat does not begin with what was served, although the turn itself does.
+    """
+    before = template.render(conversation.messages[:turn], conversation.tools)
+    asked = prompt[len(before) :]
+    if not asked or not prompt.startswith(before):
+        return None
+    reasoning = [name for name in REASONING if conversation.messages[turn].get(name)]
+    marked = _with(conversation, turn, MARKS[0], **dict.fromkeys(reasoning, MARKS[0])).messages[: turn + 1]
+    header = _shared_start(through, template.render(marked, conversation.tools))
+    at = header.rfind(asked)
+    start = at + len(asked)
+    return start if at >= 0 and not any(stop in header[start:] for stop in template.stops) else None
 
 
 def _shared_line(one: str, other: str) -> str:
-    """What both texts begin with, up to where a tag that only one of them finishes begins."""
+    """What both texts begin with, without a <think> at its end, which one of them may close at once."""
     shared = _shared_start(one, other)
     cut = shared.rfind("<think")
-    return shared[:cut] if cut >= 0 and THOUGHT not in shared[cut:] else shared
+    return shared[:cut] if cut >= 0 and "<think>".startswith(shared[cut:]) else shared
 
 
 def _thought_out(prompt: str, answer: str, conversation: Conversation, turn: int, template: ChatTemplate) -> str:
@@ -261,12 +309,38 @@ def _next_turns_stop(through: str, conversation: Conversation, turn: int, templa
     if not rest or rest[0]["role"] == "assistant":
         role = "tool" if conversation.messages[turn].get("tool_calls") else "user"
         rest = ({"role": role, "content": "0"},)
-    try:
-        longer = template.render((*conversation.messages[: turn + 1], *rest), conversation.tools)
-    except RowError:
-        return ""
-    following = longer[len(through) :] if longer.startswith(through) else ""
-    return _stop_at(following, 0, template)
+    shown = conversation.messages[: turn + 1]
+    # A message more can make the template drop the reasoning before it, so the second try has none.
+    for history in (shown, tuple(map(_without_reasoning, shown))):
+        try:
+            finished = through if history is shown else template.render(history, conversation.tools)
+            longer = template.render((*history, *rest), conversation.tools)
+        except RowError:
+            return ""
+        if longer.startswith(finished):
+            return _stop_at(longer, len(finished), template)
+    return ""
+
+
+def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The message as templates show it once it is history."""
+    kept = {name: value for name, value in message.items() if name not in REASONING}
+    if message["role"] == "assistant" and THOUGHT in message["content"]:
+        kept["content"] = MARKS[0]
+    return kept
+
+
+def _stopped(text: str, template: ChatTemplate) -> int:
+    """Where a server stops reading an answer that ends with several stop tokens: after the first of them.
+
+    Phi 3 ends a finished chat with <|end|>, a newline and <|endoftext|>; nothing behind <|end|> is ever generated.
+    """
+    ends = []
+    rest = text.rstrip()
+    while stop := max((stop for stop in template.stops if rest.endswith(stop)), key=len, default=""):
+        ends.append(len(rest))
+        rest = rest[: -len(stop)].rstrip()
+    return ends[-1] if len(ends) > 1 else len(text)
 
 
 def _stop_at(text: str, position: int, template: ChatTemplate) -> str:
@@ -338,6 +412,7 @@ def _as_rendered(
         start = at + len(asked) - len(before) if at >= 0 else place[0]
         end = place[1]
         if turn == last:
+            text = text[: _stopped(text, template)]
             end = len(text)
             tail = (
                 ""

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data.opaque import CLOSE, GUARDS, OPEN, SLOT, STRIPPED, Guard, Opaque, Probe, Touched
+from finetune.data.opaque import GUARDS, OPEN, SLOT, STRIPPED, Guard, Opaque, Probe, Touched
 from finetune.data.render import WHOLE, Masking, Rendering, render
+from finetune.data.shield import NONCHARACTERS
 from finetune.data.template import REASONING, ChatTemplate, Control
 from finetune.data.tokenizer import Encoder, Vocabulary
 from finetune.errors import DataError
@@ -69,7 +70,12 @@ class Skeleton:
     guards: tuple[Guard, ...]
 
     def fits(self, texts: Sequence[str]) -> bool:
-        """Whether texts give the assumed answers."""
+        """Whether texts give the assumed answers.
+
+        Several rows differ by texts that one has and another lacks, so a blank text might make two rows one.
+        """
+        if len(self.rows) > 1 and not all(map(str.strip, texts)):
+            return False
         return all(guard.holds(texts[guard.slot]) for guard in self.guards)
 
 
@@ -111,7 +117,7 @@ class Skeletons:
             return None
         within = self._control.within
         for text in texts:
-            if within(text) or (not text.isascii() and (OPEN in text or CLOSE in text)):
+            if within(text) or (not text.isascii() and NONCHARACTERS.search(text)):
                 return None
         return skeleton, texts
 

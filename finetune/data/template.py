@@ -302,8 +302,8 @@ _UNINTERRUPTED = frozenset(
 class Control:
     """The tokens that steer a model, as text: what a row's own text may look like and must not become.
 
-    Special tokens, and tokens outside the special ones that the template writes (DeepSeek's role tokens). Tags such as
-    <think> or <tool_call> are left out unless they are special: they are how turns are written, in rows as in answers.
+    Special tokens, and tokens outside the special ones that the template writes (DeepSeek's role tokens). Pairs of tags
+    such as <think> and </think> are left out: they are how turns are written, in rows as in answers.
     """
 
     tokens: tuple[str, ...]
@@ -327,18 +327,28 @@ class Control:
         return False
 
 
-TAG = re.compile(r"</?[A-Za-z_][\w-]*>")
+TAG = re.compile(r"<(/?)([A-Za-z_][\w-]*)>")
 
 
 def control_tokens(vocabulary: Vocabulary, template: ChatTemplate | None) -> Control:
     """The control tokens of a vocabulary under a template."""
     written = "".join(template.sources.values()) if template else ""
+    texts = {token.text for token in vocabulary.added}
+    ends = {*vocabulary.named.values(), *(template.stops if template else ())}
+
+    def is_tag(text: str) -> bool:
+        """Whether it opens or closes a part of a turn: one of a pair that the template writes, and no end of anything
+        (<s> and </s> are a pair, too)."""
+        found = TAG.fullmatch(text)
+        if found is None or text not in written or text in ends:
+            return False
+        pair = f"<{'' if found[1] else '/'}{found[2]}>"
+        return pair in texts and pair not in ends
+
     return Control(
         tuple(
             token.text
             for token in vocabulary.added
-            if token.text.strip()
-            and not (TAG.fullmatch(token.text) and token.text in written)
-            and (token.special or (token.text in written and not TAG.fullmatch(token.text)))
+            if token.text.strip() and (token.special or token.text in written) and not is_tag(token.text)
         )
     )
