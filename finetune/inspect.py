@@ -52,6 +52,11 @@ def _settings(recipe: Recipe) -> Iterator[tuple[Settings, Cache]]:
     from finetune.model.folder import find
     from finetune.registry import resolve
 
+    if recipe.data.streaming:
+        raise RecipeError(
+            "data.streaming: rows are made while they are trained, so there are none to look at; add data.streaming=false, "
+            "and name a part of the source where all of it does not fit the disk"
+        )
     method: Method = resolve("method", recipe.training.method, METHODS)
     base = find(recipe.model.name_or_path)
     refuse(check_sources(recipe.data, method.needs, SAMPLE))

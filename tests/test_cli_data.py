@@ -101,6 +101,13 @@ def test_faults_of_recipe_base_and_rows_have_their_exit_codes(lab: Lab) -> None:
         assert "no file" in missing.stderr
 
 
+def test_rows_that_are_made_while_training_are_refused(lab: Lab) -> None:
+    for verb in ("prepare", "audit", "preview"):
+        outcome = run(lab, verb, "data.streaming=true", "training.max_steps=2")
+        assert outcome.returncode == 2
+        assert "add data.streaming=false" in outcome.stderr
+
+
 # -- audit -------------------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +363,7 @@ def test_a_reader_that_goes_away_ends_a_preview_quietly(lab: Lab) -> None:
 
 
 def test_memory_does_not_grow_with_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.data.read.pieces.__defaults__", (False, 50_000))  # bytes of a piece
+    monkeypatch.setattr("finetune.data.read.PIECE", 50_000)
     monkeypatch.setattr("finetune.data.opened.HEAD", 50_000)
     peaks = []
     for count in (500, 500, 5000):  # the first fills what is filled once

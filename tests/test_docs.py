@@ -9,20 +9,27 @@ import re
 import shlex
 import tomllib
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from transformers import AutoTokenizer
 from typer.exceptions import TyperException
 
 from finetune.cli import main as roof
+from finetune.data.cache import Cache
+from finetune.data.engine import Settings
 from finetune.data.examples import check_sources, refuse
+from finetune.data.prepare import prepare
+from finetune.data.preview import PreviewedRow, Previewer
+from finetune.data.tokenizer import Vocabulary
 from finetune.errors import DataError, ExitCode
 from finetune.formats import FORMATS
 from finetune.recipe.load import load_recipe
 from finetune.recipe.problems import RecipeProblems
-from finetune.recipe.sections import DataOptions, Source
+from finetune.recipe.sections import AuditOptions, DataOptions, Source
 from finetune.recipe.shipped import shipped_recipes
 from finetune.registry import resolve
 
@@ -119,6 +126,7 @@ def test_every_page_is_read_and_commands_are_found() -> None:
     verbs = {parameters(command.words[1:])[0] for command in FINETUNE}
     assert verbs >= {"train", "evaluate", "merge", "runs", "base", "families", "recipe show", "recipe explain"}
     assert verbs >= {"recipe check", "recipe copy", "recipe list", "recipe schema"}
+    assert verbs >= {"data prepare", "data audit", "data preview", "data convert"}
 
 
 @pytest.mark.parametrize("command", FINETUNE, ids=lambda c: f"{c.page.name}: {' '.join(c.words)}")
@@ -299,6 +307,42 @@ def test_example_rows_convert_with_the_format_they_stand_under() -> None:
             assert [key for key in FORMATS if resolve("format", key, FORMATS).recognises(row)] == [section]
             resolve("format", section, FORMATS).to_example(row)
     assert count >= 8
+
+
+def test_what_the_page_marks_as_trained_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block of masks shows the rows of the page's chat, what is trained in brackets, under the named option."""
+    page = ROOT / "docs" / "data.md"
+    shown = [(info, text) for info, text in BLOCK.findall(page.read_text("utf-8")) if info.startswith("masks ")]
+    assert len(shown) >= 4
+    (chat,) = blocks(page, "jsonl masks")
+    monkeypatch.chdir(tmp_path)
+    Path("chat.jsonl").write_text(chat, encoding="utf-8")
+    vocabulary = Vocabulary.of(AutoTokenizer.from_pretrained(ROOT / "tests" / "tokenizers" / "thinking"))
+    assert vocabulary.eos_id is not None
+    for info, text in shown:
+        key, _, value = info.removeprefix("masks ").partition("=")
+        chosen: Any = value.split(",") if "," in value else value != "false" and value
+        options = DataOptions(train=(Source(path="chat.jsonl"),), **({key: chosen} if value else {}))
+        settings = Settings(vocabulary, frozenset({vocabulary.eos_id}), options)
+        with Cache("cache") as cache:
+            rows = list(Previewer(settings).rows(prepare(options.train, settings, cache), None, None))
+        made = [marked(row).rstrip("\n") for row in rows]
+        assert made[: text.count("--------\n") + 1] == text.rstrip("\n").split("\n--------\n"), info
+    assert len(rows) == 2  # of which the last block shows the first
+
+
+def marked(row: PreviewedRow) -> str:
+    """A row's text with brackets around what is trained."""
+    parts = [("⟦" if trained else "", "".join(token.text for token in group), "⟧" if trained else "")
+             for trained, group in groupby(row.tokens, key=lambda token: token.trained)]  # fmt: skip
+    return "".join(map("".join, parts))
+
+
+def test_the_bounds_of_the_audit_are_those_documented() -> None:
+    rows = re.findall(r"^\| `audit\.(\w+)` \| ([\d.]+) \|", (ROOT / "docs/data.md").read_text("utf-8"), re.MULTILINE)
+    assert {key: float(value) for key, value in rows} == {
+        key: field.default for key, field in AuditOptions.model_fields.items()
+    }
 
 
 def test_wrong_rows_are_answered_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
