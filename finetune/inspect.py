@@ -54,8 +54,8 @@ def _settings(recipe: Recipe) -> Iterator[tuple[Settings, Cache]]:
 
     if recipe.data.streaming:
         raise RecipeError(
-            "data.streaming: rows are made while they are trained, so there are none to look at; add data.streaming=false, "
-            "and name a part of the source where all of it does not fit the disk"
+            "data.streaming: rows are made while they are trained, so there are none to look at; add "
+            "data.streaming=false, and name a part of the source where all of it does not fit the disk"
         )
     method: Method = resolve("method", recipe.training.method, METHODS)
     base = find(recipe.model.name_or_path)
