@@ -269,7 +269,8 @@ def test_reasoning_of_a_turn_ended_by_the_next_role_token_is_trained() -> None:
     # As GLM-4.5 does: one message more, and the reasoning before it is dropped.
     jinja = (
         "{%- set last = namespace(at=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
-        "{% set last.at = loop.index0 %}{% endif %}{% endfor %}{%- for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else '<|endoftext|>') }}"
+        "{% set last.at = loop.index0 %}{% endif %}{% endfor %}{%- for m in messages %}"
+        "{{ ('<|im_start|>' if m.role == 'user' else '<|endoftext|>') }}"
         "{%- if m.thinking and loop.index0 > last.at %}{{ '<think>' + m.thinking + '</think>' }}{% endif %}"
         "{{- m.content }}{% endfor %}{%- if add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
     )

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import ExportError, RefusedError
 from finetune.exports import adapter as adapter_export
+from finetune.exports import merged as merged_export
 from finetune.exports import weights as weights_export
 from finetune.families import match
 from finetune.model.adapt import attach, resolve_targets
+from finetune.model.folder import find
 from finetune.model.probe import gap, logits_of
 from finetune.recipe.sections import AdapterOptions
 
@@ -123,6 +125,27 @@ def test_whole_weights_load_again_and_answer_alike(tmp_path: Path, kind: str) ->
     assert gap(logits_of(model, rows), logits_of(again, rows)).max_logit < 1e-5
     assert (tmp_path / "model" / "README.md").read_text() == "# card\n"
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == tokenizer.chat_template
+    assert proof["stops_added"] == []
+
+
+def test_exported_models_stop_where_trained_answers_end(tmp_path: Path) -> None:
+    base = zoo.folder(tmp_path / "base", "llama")
+    named = json.loads((base / "generation_config.json").read_text()).get("eos_token_id")
+    model, tokenizer = zoo.model("llama"), AutoTokenizer.from_pretrained(zoo.TOKENIZER)
+    proof = weights_export.write(model, tokenizer, tmp_path / "model", "", [7, 9])
+    assert proof["stops_added"] == [7, 9]
+    facts = {"base": {"name": "org/base"}, "quantization": None, "stops": {"ends": [7]}}
+    adapter_export.write(trained(), tmp_path / "adapter", "", facts)
+    (tmp_path / "merged").mkdir()
+    report = merged_export.write(
+        find(str(base)), tmp_path / "adapter", tmp_path / "merged", "auto", "5GB", "", facts, None
+    )
+    assert report["stops_added"] == [7]
+    for exported, added in (("model", {7, 9}), ("merged", {7})):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / exported)
+        stops = loaded.generation_config.eos_token_id
+        found = set(stops) if isinstance(stops, list) else {stops}
+        assert found - ({named} if isinstance(named, int) else set(named or ())) == added
 
 
 @pytest.mark.parametrize("change", ["value", "missing", "dtype"])

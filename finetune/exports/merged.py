@@ -54,6 +54,7 @@ def write(
     Raises:
         ExportError: the base is quantised on disk, or the adapter does not fit.
     """
+    from finetune.model.generation import state_stops
     from finetune.model.merge import merge_weights
     from finetune.model.requantise import requantiser
     from finetune.model.update import read_adapter
@@ -69,6 +70,7 @@ def write(
         _copy_files(tokenizer_from, output, only_tokenizer=True)
     if dtype != "auto":
         _state_dtype(output / "config.json", dtype)
+    added = state_stops(output, (facts.get("stops") or {}).get("ends") or ())
     write_text(output / "README.md", card)
     return {
         "merged_tensors": len(report.merged),
@@ -77,6 +79,7 @@ def write(
         "files": report.files,
         "kept_of_update": report.kept_of_update,
         "r": config.get("r"),
+        "stops_added": list(added),
     }
 
 

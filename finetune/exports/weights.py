@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> dict[str, Any]:
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, stops: Iterable[int] = ()
+) -> dict[str, Any]:
     """Save a fully trained model with its tokenizer.
 
     Args:
@@ -20,9 +23,10 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         tokenizer: saved beside it.
         folder: where to; must not exist.
         card: the model card's text.
+        stops: ids that trained answers end with; generation_config.json will name them.
 
     Returns:
-        `tensors`, `parameters` and `bytes`.
+        `tensors`, `parameters` and `bytes`; `stops_added` to generation_config.json.
 
     Raises:
         ExportError: what stands in the files is not what was trained.
@@ -30,11 +34,14 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     import torch
     from safetensors import safe_open
 
+    from finetune.model.generation import state_stops
+
     trained = dict(model.named_parameters())
     with staged_folder(folder) as staging:
         model.save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         write_text(staging / "README.md", card)
+        added = state_stops(staging, stops)
         files = sorted(staging.glob("*.safetensors"))
         seen: set[str] = set()
         for file in files:
@@ -52,4 +59,5 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
             "tensors": len(seen),
             "parameters": sum(parameter.numel() for parameter in trained.values()),
             "bytes": sum(file.stat().st_size for file in files),
+            "stops_added": list(added),
         }
