@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import (
+    DataError,
     ExitCode,
     FinetuneError,
     HardwareError,
@@ -34,6 +35,8 @@ from finetune.recipe.shipped import configs_folder
 from finetune.recipe.show import recipe_yaml
 
 if TYPE_CHECKING:
+    from finetune.data.cache import Cache
+    from finetune.data.engine import Settings
     from finetune.data.feed import Feed
     from finetune.families.family import Family
     from finetune.methods.method import Method
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from finetune.model.folder import Base
     from finetune.model.load import Attention, Precision
     from finetune.plan.hardware import Hardware
+    from finetune.recipe.sections import Recipe
     from finetune.run.callbacks import StopSignal
     from finetune.run.folder import RunFolder
     from finetune.run.ranks import World
@@ -198,7 +202,6 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
 
     from finetune.data.cache import Cache
     from finetune.data.engine import Settings
-    from finetune.data.feed import feed
     from finetune.data.vocabulary import load
     from finetune.model.build import build
     from finetune.model.fetch import fetch
@@ -219,7 +222,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     cache = Cache(recipe.data.cache_dir)
     assert base.folder is not None, "a fetched base has a folder"
     settings = Settings(load(base.folder, cache, lambda: tokenizer), stop_ids(tokenizer, base), recipe.data)
-    data = feed(settings, recipe.audit, cache, recipe.training.seed, lambda line: say("data", line))
+    data = _data(recipe, settings, cache, checked.folder, say)
     for number, line in enumerate(data.lines()):
         say("" if number else "data", line)
     removed, freed = cache.prune_daily() if launched.is_main else (0, 0)
@@ -246,6 +249,21 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
         return _run(loaded, checked, base, data, built, trainer, stopper, derived, hardware, launched, say)
     finally:
         ranks.stop()
+
+
+def _data(recipe: Recipe, settings: Settings, cache: Cache, folder: RunFolder, say: Say) -> Feed:
+    """The rows, prepared, or made while they are trained."""
+    from finetune.data.feed import feed
+    from finetune.data.stream import Length, stream_feed
+
+    training = recipe.training
+    if not recipe.data.streaming:
+        return feed(settings, recipe.audit, cache, training.seed, lambda line: say("data", line))
+    assert training.max_steps is not None, "the recipe is refused without it"
+    length = Length(training.max_steps, training.global_batch_size)
+    return stream_feed(
+        settings, recipe.audit, cache, training.seed, length, folder.quarantine, lambda line: say("data", line)
+    )
 
 
 def _trainer(
@@ -349,6 +367,8 @@ def _run(
         stopper.listen()
         trainer.train(resume_from_checkpoint=resume)
         step = trainer.state.global_step
+        for number, line in enumerate(data.closing()):
+            say("" if number else "data", line)
         if stopper.stopped:
             raise StoppedError(
                 f"stopped on request after step {step} of {trainer.state.max_steps}; the same command continues from "
@@ -357,7 +377,10 @@ def _run(
         facts = _finish(loaded, checked, base, data, built, trainer, launched, time.monotonic() - started, say)
     except BaseException as error:
         shown = as_fault(error)
-        together = isinstance(error, StoppedError | NonFiniteError)
+        # Of rows that are streamed all ranks meet the same fault.
+        together = isinstance(error, StoppedError | NonFiniteError) or (
+            isinstance(error, DataError) and loaded.recipe.data.streaming
+        )
         if launched.is_main:
             folder.write_exit(*code_and_reason(shown), trainer.state.global_step)
         if shown is error:
@@ -487,7 +510,7 @@ def _save(
     recipe, folder = loaded.recipe, checked.folder
     text = trained_card(
         folder.root, base.folder, recipe.model, recipe.data, recipe.training, built.trains,
-        data.train.report.as_dict(), figures, "peft" if built.targets else "transformers",
+        data.counts(), figures, "peft" if built.targets else "transformers",
     )  # fmt: skip
     tokenizer = trainer.processing_class
     if recipe.data.chat_template:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from finetune.data.read import Piece, Row, read, read_piece
@@ -30,6 +30,7 @@ OTHERWISE = {
     "prompt": "if another column holds the answer, set the source's columns, as {completion: answer}",
 }
 SAMPLE = 100
+STREAMED_SAMPLE = 10_000  # where rows are streamed: in so many, one that can be read and each renamed column must show
 SHOWN = 10
 
 
@@ -48,24 +49,25 @@ class Located:
     place: str
 
 
-def examples(source: Source, streaming: bool = False) -> Iterator[Located | Fault]:
+def examples(source: Source, streaming: bool = False) -> Generator[Located | Fault, None, None]:
     """Read `source` and convert its rows; a bad row yields its faults.
 
     Args:
         source: where the rows are.
-        streaming: whether a hub data set is fetched row by row.
+        streaming: whether a hub data set is fetched row by row, and renamed columns are looked for in the beginning
+            alone, so that no more than that is ever held.
 
     Raises:
         RecipeError: the format is unknown.
         EnvironmentFault, DataError: a hub data set cannot be had.
     """
     rows = read(source, streaming)
-    sample = _sample(rows)
-    found = _layout(sample, rows, source)
+    sample = _sample(islice(rows, STREAMED_SAMPLE) if streaming else rows)
+    found = _layout(sample, rows, source, STREAMED_SAMPLE if streaming else None)
     if isinstance(found, Format):
         yield from _converted(chain(sample, rows), found, source)
         return
-    yield from (row for row in chain(sample, rows) if isinstance(row, Fault))
+    yield from (row for row in (sample if streaming else chain(sample, rows)) if isinstance(row, Fault))
     if any(isinstance(row, Row) for row in sample):
         yield found
 
@@ -78,7 +80,8 @@ def layout_of(source: Source, streaming: bool = False) -> Format | Fault:
         EnvironmentFault, DataError: a hub data set cannot be had.
     """
     rows = read(source, streaming)
-    return _layout(_sample(rows), rows, source)
+    sample = _sample(islice(rows, STREAMED_SAMPLE) if streaming else rows)
+    return _layout(sample, rows, source, STREAMED_SAMPLE if streaming else None)
 
 
 def piece_examples(piece: Piece, source: Source, layout: Format) -> Iterator[Located | Fault]:
@@ -104,8 +107,13 @@ def _sample(rows: Iterator[Row | Fault]) -> list[Row | Fault]:
     return sample
 
 
-def _layout(sample: list[Row | Fault], rest: Iterator[Row | Fault], source: Source) -> Format | Fault:
-    """The format of rows that begin with `sample`; `rest` is read on into it only while a renamed column is missing."""
+def _layout(
+    sample: list[Row | Fault], rows: Iterator[Row | Fault], source: Source, most: int | None = None
+) -> Format | Fault:
+    """The format of rows that begin with `sample`, into which `most` of the others are read on while a renamed column
+    is missing; all of them where that is None.
+    """
+    rest = islice(rows, most)
     good = [row for row in sample if isinstance(row, Row)]
     missing = {wanted for wanted in source.columns.values() if not any(wanted in row.values for row in good)}
     while missing and good and (row := next(rest, None)) is not None:
@@ -117,7 +125,8 @@ def _layout(sample: list[Row | Fault], rest: Iterator[Row | Fault], source: Sour
         wanted = next(name for name in source.columns.values() if name in missing)
         near = nearest(wanted, columns)
         fix = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the columns are {', '.join(columns)}"
-        return Fault("columns", f"no column {wanted!r} in any row", "a column of the file", fix, source.path)
+        looked = "any row" if next(rows, None) is None else f"the first {len(sample):,} rows"
+        return Fault("columns", f"no column {wanted!r} in {looked}", "a column of the file", fix, source.path)
     if source.format != "auto":
         named: Format = resolve("format", source.format, FORMATS)
         return named

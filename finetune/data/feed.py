@@ -49,14 +49,6 @@ class Feed:
         """Tokens of the longest row."""
         return int(lengths(self.train.rows).max())
 
-    def units(self, rows: TokenRows) -> Units:
-        """The rows by themselves or, with packing, in sequences of at most max_length tokens."""
-        if not self.options.packing:
-            return singles(lengths(rows))
-        if self.options.packing_strategy == "wrapped":
-            return wrapped(lengths(rows), self.options.max_length, self.seed)
-        return best_fit(lengths(rows), self.options.max_length)
-
     def schedules(self, width: float, alike: bool) -> tuple[Schedule, Schedule | None]:
         """Training and validation as the trainer takes them.
 
@@ -65,7 +57,7 @@ class Feed:
             alike: whether batches are padded.
         """
         every = [part.rows for part in (self.train, self.validation) if part is not None]
-        found = [Schedule(rows, self.units(rows), self.seed, width, alike) for rows in every]
+        found = [scheduled(rows, self.options, self.seed, width, alike) for rows in every]
         return found[0], found[1] if self.validation else None
 
     def probe(self) -> list[list[int]]:
@@ -78,6 +70,14 @@ class Feed:
         if self.validation is None:
             return said
         return [*said, *(f"validation: {line}" for line in self.validation.report.lines())]
+
+    def counts(self) -> dict[str, Any]:
+        """Counts of what was trained, for the model card."""
+        return self.train.report.as_dict()
+
+    def closing(self) -> list[str]:
+        """What is known only after training, in sentences."""
+        return []
 
     def quarantines(self) -> list[Path]:
         """Files of rows that cannot be used, source by source."""
@@ -104,6 +104,26 @@ def feed(
     found = Feed(settings.options, train, validation, seed, cache, settings.facts())
     refuse_beyond(train, audit, settings.options)
     return found
+
+
+def units(sizes: np.ndarray, options: DataOptions, seed: int) -> Units:
+    """Rows by themselves or, with packing, in sequences of at most max_length tokens.
+
+    Args:
+        sizes: int32 (rows,), tokens of each.
+        options: the data section.
+        seed: of the order in which wrapped packing lays them.
+    """
+    if not options.packing:
+        return singles(sizes)
+    if options.packing_strategy == "wrapped":
+        return wrapped(sizes, options.max_length, seed)
+    return best_fit(sizes, options.max_length)
+
+
+def scheduled(rows: TokenRows, options: DataOptions, seed: int, width: float, alike: bool) -> Schedule:
+    """Prepared rows with their units; see Schedule."""
+    return Schedule(rows, units(lengths(rows), options, seed), seed, width, alike)
 
 
 def lengths(rows: Any) -> np.ndarray:

@@ -18,6 +18,7 @@ from finetune.errors import DataError
 from finetune.recipe.sections import DataOptions
 
 SHOWN = 10
+NO_VALIDATION = "data.validation: no row is left to validate on; name other rows, or remove it"
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,26 @@ def gather(
         )
     if not len(validation):
         if options.validation:
-            raise DataError("data.validation: no row is left to validate on; name other rows, or remove it")
+            raise DataError(NO_VALIDATION)
         return Prepared(train, report, named), None
     return Prepared(train, report, named), Prepared(validation, _report(validation, apart, options, None, 0, ()), apart)
+
+
+def validation_alone(
+    settings: Settings, cache: Cache, seed: int, say: Callable[[str], None] | None = None
+) -> Prepared | None:
+    """The rows of the sources named for validation, where training rows are not known beforehand; None without any.
+
+    Arguments and errors are those of `gather`.
+    """
+    options = settings.options
+    if not options.validation:
+        return None
+    found = tuple(prepare(options.validation, settings, cache, say))
+    rows = mixed(Rows.of([one.rows for one in found]), [one.source.weight for one in found], seed=seed)
+    if not len(rows):
+        raise DataError(NO_VALIDATION)
+    return Prepared(rows, _report(rows, found, options, None, 0, ()), found)
 
 
 def _together(held_out: Rows, named: Rows) -> Rows:

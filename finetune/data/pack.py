@@ -97,8 +97,9 @@ def wrapped(lengths: np.ndarray, max_length: int, seed: int) -> Units:
         seed: of the order.
     """
     order = shuffled(len(lengths), seed)
-    ends = np.cumsum(np.asarray(lengths, np.int64)[order])
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    sizes = np.asarray(lengths, np.int64)[order]
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
     total = int(ends[-1]) if len(ends) else 0
     borders = np.union1d(starts, np.arange(0, total, max_length))  # of pieces, in the stream
     piece_ends = np.append(borders[1:], total) if total else borders

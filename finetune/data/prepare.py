@@ -99,7 +99,7 @@ def prepare(
             continue
     refuse(findings.faults)
     if findings.over_length:
-        raise DataError(_too_long(findings, settings.options.max_length))
+        raise too_long(findings.long_rows, findings.over_length, settings.options.max_length)
     return found
 
 
@@ -303,14 +303,18 @@ def _piece_chunks(piece: Piece, source: Source, layout: Format, engine: Engine) 
         yield chunk
 
 
-def _too_long(findings: _Findings, max_length: int) -> str:
-    """The error of rows over max_length."""
-    rows = findings.long_rows
+def too_long(rows: Sequence[tuple[int, str]], count: int, max_length: int) -> DataError:
+    """The error of rows over max_length.
+
+    Args:
+        rows: tokens and place of some of them, the longest among them.
+        count: how many there are.
+        max_length: data.max_length.
+    """
     longest, place = max(rows, key=lambda entry: entry[0])
     shown = "\n".join(f"  {where}: {length:,} tokens" for length, where in rows[:SHOWN])
-    count = findings.over_length
     more = f"\n  … and {count - SHOWN} more" if count > SHOWN else ""
-    return (
+    return DataError(
         f"{count:,} row{'s are' if count > 1 else ' is'} longer than data.max_length ({max_length:,} tokens); the "
         f"longest has {longest:,} ({place}); raise data.max_length, or set data.on_long_row to truncate, drop or "
         f"split:\n{shown}{more}"

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.files import write_text
+from finetune.files import disk_errors, write_text
 from finetune.formats.example import Fault
 
 
@@ -30,13 +30,36 @@ def write(path: Path, faults: Iterable[Fault]) -> int:
     Raises:
         DiskError: the file could not be written.
     """
-    written: list[str] = []
+    written = _lines(faults)
+    write_text(path, "".join(f"{line}\n" for line in written))
+    return len(written)
+
+
+def append(path: Path | None, faults: Iterable[Fault]) -> int:
+    """Write the rows at fault behind those that are there, and count them.
+
+    Args:
+        path: the file; None only counts them.
+        faults: as `write` takes them.
+
+    Raises:
+        DiskError: the file could not be written.
+    """
+    written = _lines(faults)
+    if path is not None and written:
+        with disk_errors(path), open(path, "a", encoding="utf-8") as stream:
+            stream.write("".join(f"{line}\n" for line in written))
+    return len(written)
+
+
+def _lines(faults: Iterable[Fault]) -> list[str]:
+    """An entry for each row at fault."""
+    found: list[str] = []
     for (place, index), group in groupby(faults, key=lambda fault: (fault.place, fault.index)):
         assert index >= 0, f"{place}: the fault of a whole file stops a run; no row can be set aside"
         told = list(group)
-        written.append(_line(place, index, [_reason(fault) for fault in told], told[0].raw))
-    write_text(path, "".join(f"{line}\n" for line in written))
-    return len(written)
+        found.append(_line(place, index, [_reason(fault) for fault in told], told[0].raw))
+    return found
 
 
 def _line(place: str, index: int, reasons: list[str], raw: Any) -> str:

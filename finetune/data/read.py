@@ -16,7 +16,7 @@ from finetune.data import hub, tables
 from finetune.data.json_document import document, looks_like_array
 from finetune.data.json_rows import Placed, lines, undecodable
 from finetune.data.opened import MissingPackage, head_of, not_text, open_file
-from finetune.data.source import HubDataset, LocalFile, locate
+from finetune.data.source import HubDataset, LocalFile, LocalFiles, locate
 from finetune.formats.example import Fault
 from finetune.recipe.sections import Source
 
@@ -67,21 +67,37 @@ class Piece:
 def read(source: Source, streaming: bool = False) -> Iterator[Row | Fault]:
     """Read a source from the start; a broken row yields a fault and reading goes on where it can.
 
+    No more of a source is read than rows are asked for, but for a piece ahead.
+
     Raises:
         EnvironmentFault: a hub data set cannot be reached.
         DataError: a hub data set does not exist or lacks the split.
     """
-    found = pieces(source, streaming)
-    if isinstance(found, Fault):
-        yield found
+    where = locate(source)
+    if isinstance(where, Fault):
+        yield where
         return
     empty = True
-    for piece in found:
-        for item in read_piece(piece):
-            empty = False
-            yield item
+    for item in read_piece(Piece(where, streaming=streaming)) if isinstance(where, HubDataset) else _files(where):
+        empty = False
+        yield item
     if empty:
         yield no_rows(source)
+
+
+def _files(where: LocalFiles) -> Iterator[Row | Fault]:
+    """The rows of files, one after another."""
+    first = 0
+    for file in where.files:
+        count, known = 0, False
+        for piece, upto in _pieces(file, first, PIECE):
+            for item in read_piece(piece):
+                if not known:
+                    count = max(count, item.index - first + 1)
+                yield item
+            if upto is not None:
+                count, known = upto, True
+        first += count
 
 
 def no_rows(source: Source) -> Fault:
@@ -105,31 +121,28 @@ def pieces(source: Source, streaming: bool = False, size: int = PIECE) -> list[P
     found: list[Piece] = []
     index = 0
     for number, file in enumerate(where.files):
-        last = number == len(where.files) - 1
-        parts, count = _pieces(file, index, size, counted=not last)
-        found += parts
-        index += count
+        parts = list(_pieces(file, index, size))
+        found += (piece for piece, _ in parts)
+        count = parts[-1][1] if parts else 0
+        if count is None and number < len(where.files) - 1:
+            count = max((item.index - index + 1 for item in read_piece(parts[-1][0])), default=0)
+        index += count or 0
     return found
 
 
-def _pieces(file: LocalFile, index: int, size: int, *, counted: bool) -> tuple[list[Piece], int]:
-    """The pieces of one file, and, if `counted`, how many lines or rows it has.
+def _pieces(file: LocalFile, index: int, size: int) -> Iterator[tuple[Piece, int | None]]:
+    """The pieces of one file, each with the count of the file's lines or rows up to its end; None where it is unknown.
 
     A file that cannot be divided, or not be read at all, is one piece: its fault is then told in its turn.
     """
     whole = Piece(file, index=index, size=_size(file))
     if file.kind in ("parquet", "arrow"):
         groups = tables.groups(file.path, file.kind)
-        return ([whole], 1) if groups is None else _groups(whole, groups, size)
-    try:
-        divided = _line_pieces(whole, size) if file.kind == "jsonl" and not file.packing else None
-    except OSError:
-        divided = None
-    if divided is not None:
-        return divided
-    if not counted:
-        return [whole], 0
-    return [whole], 1 + max((item.index - index for item in read_piece(whole)), default=-1)
+        yield from [(whole, 1)] if groups is None else _groups(whole, groups, size)
+    elif file.kind == "jsonl" and not file.packing and _is_divided(file):
+        yield from _line_pieces(whole, size)
+    else:
+        yield whole, None
 
 
 def _size(file: LocalFile) -> int:
@@ -139,35 +152,44 @@ def _size(file: LocalFile) -> int:
         return 0
 
 
-def _groups(whole: Piece, groups: list[tuple[int, int]], size: int) -> tuple[list[Piece], int]:
+def _groups(whole: Piece, groups: list[tuple[int, int]], size: int) -> Iterator[tuple[Piece, int]]:
     """Pieces of neighbouring row groups (rows, bytes)."""
-    found: list[Piece] = []
     start = rows = before = held = 0
     for at, (count, weight) in enumerate(groups):
         rows, held = rows + count, held + weight
         if held >= size or at == len(groups) - 1:
-            found.append(dataclasses.replace(whole, start=start, end=at + 1, before=before, size=held))
+            yield dataclasses.replace(whole, start=start, end=at + 1, before=before, size=held), rows
             start, before, held = at + 1, rows, 0
-    return found, rows
 
 
-def _line_pieces(whole: Piece, size: int) -> tuple[list[Piece], int] | None:
-    """Byte ranges that end where lines do, and the count of lines; None when the file is not to be divided."""
+def _is_divided(file: LocalFile) -> bool:
+    """Whether a file of JSON lines is one, as its beginning says, and can be read."""
+    try:
+        with open(file.path, "rb") as stream:
+            head = head_of(stream)
+    except OSError:
+        return False
+    return not (not_text(head[:4096], file.name) or looks_like_array(head))
+
+
+def _line_pieces(whole: Piece, size: int) -> Iterator[tuple[Piece, int]]:
+    """Byte ranges that end where lines do."""
     assert isinstance(whole.of, LocalFile), "only files have lines"
-    found: list[Piece] = []
     start = before = 0
     with open(whole.of.path, "rb") as stream:
-        head = head_of(stream)
-        if not_text(head[:4096], whole.of.name) or looks_like_array(head):
-            return None
-        stream.seek(0)
-        while block := stream.read(size):
-            rest = b"" if block.endswith(NEWLINE) else stream.readline()
+        while True:
+            try:
+                block = stream.read(size)
+                rest = b"" if block.endswith(NEWLINE) else stream.readline()
+            except OSError:  # told when the rows are read
+                yield dataclasses.replace(whole, start=start, end=start + size, before=before, size=size), before
+                return
+            if not block:
+                return
             end = start + len(block) + len(rest)
-            found.append(dataclasses.replace(whole, start=start, end=end, before=before, size=end - start))
-            before += block.count(NEWLINE) + (not block.endswith(NEWLINE))
-            start = end
-    return found, before
+            lines = before + block.count(NEWLINE) + (not block.endswith(NEWLINE))
+            yield dataclasses.replace(whole, start=start, end=end, before=before, size=end - start), lines
+            start, before = end, lines
 
 
 def read_piece(piece: Piece) -> Iterator[Row | Fault]:

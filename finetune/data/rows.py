@@ -408,7 +408,7 @@ class SourceRows:
 
     def labels(self, i: int) -> np.ndarray:
         """int32 labels of row `i`: its ids where trained, else -100; the first is never trained."""
-        return _labels(self.ids(i), self.trained(i))
+        return labels_of(self.ids(i), self.trained(i))
 
     def place(self, i: int) -> tuple[int, int]:
         """Raw row and turn of row `i`."""
@@ -434,7 +434,8 @@ class SourceRows:
         ]
 
 
-def _labels(ids: np.ndarray, trained: list[tuple[int, int]]) -> np.ndarray:
+def labels_of(ids: np.ndarray, trained: list[tuple[int, int]]) -> np.ndarray:
+    """int32 labels of a row: its ids where they are trained, else -100; the first never is."""
     labels = np.full(len(ids), UNTRAINED, dtype=np.int32)
     for start, end in trained:
         labels[start:end] = ids[start:end]
@@ -507,7 +508,7 @@ class Rows(Sequence[dict[str, Any]]):
         part, at = self._find(i)
         ids = part.ids(at)
         row, turn = part.place(at)
-        labels = _labels(ids, part.trained(at))
+        labels = labels_of(ids, part.trained(at))
         return {"input_ids": ids, "labels": labels, "source": part.name, "row": row, "turn": turn}
 
     def _find(self, i: int) -> tuple[SourceRows, int]:

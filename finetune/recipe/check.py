@@ -23,6 +23,14 @@ MAX_EXPLAINED = 50
 """Problems after which unknown keys are only named, so that a file that is no recipe is refused quickly."""
 
 
+_NEED_ALL_ROWS = (
+    ("data", "validation_split", "rows to hold out would have to be found before; name them in data.validation"),
+    ("data", "deduplicate", "copies are found among all rows"),
+    ("data", "stopping_strategy", "sources begin again when they end, and training.max_steps ends the run"),
+    ("audit", "max_duplicate_share", "copies are found among all rows"),
+)
+
+
 class Check:
     """One examination of a recipe's plain values.
 
@@ -166,10 +174,28 @@ class Check:
             for name in self._changed("adapter"):
                 if name != "method":
                     self.say(("adapter", name), "does nothing without an adapter (adapter.method: none); remove it")
+        if self._get("data", "streaming") is True:
+            self._screen_streaming()
         if not self._get("tracking", "trackers"):
             for name in self._changed("tracking"):
                 if name != "trackers":
                     self.say(("tracking", name), "does nothing without tracking.trackers; name a tracker, or remove it")
+
+    def _screen_streaming(self) -> None:
+        """What needs all rows before the first step, where they are made while they are trained."""
+        if self._get("training", "max_steps") is None:
+            self.say(
+                ("training", "max_steps"), "is needed with data.streaming, which does not know how many rows there are"
+            )
+        for section, name, why in _NEED_ALL_ROWS:
+            if name in self._changed(section):
+                self.say((section, name), f"does not go with data.streaming: {why}; remove one of them")
+        extra = self._get("training", "extra")
+        if isinstance(extra, dict) and extra.get("dataloader_num_workers"):
+            name = "dataloader_num_workers"
+            self.say(
+                ("training", "extra", name), "does not go with data.streaming: each would read all rows; remove it"
+            )
 
     def _changed(self, section: str) -> tuple[str, ...]:
         """The keys of a section that the user gave another value than the default; a resolved recipe holds all keys."""

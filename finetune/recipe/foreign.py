@@ -217,8 +217,8 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("overwrite_cache", "L", "", _PREPARED),
     ("remove_unused_columns", "T", "", _PREPARED),
     ("max_samples", "L", "data.train[].weight", "0.1 sees a seeded tenth of the rows"),
-    ("streaming", "LS", "", "all rows are read and checked before training"),
-    ("dataset_streaming", "T", "", "all rows are read and checked before training"),
+    ("streaming", "LS", "data.streaming", "needs training.max_steps"),
+    ("dataset_streaming", "T", "data.streaming", "needs training.max_steps"),
     ("shuffle_dataset", "T", "training.seed", "rows are always shuffled, by this seed"),
     ("dataset_shuffle", "S", "training.seed", "rows are always shuffled, by this seed"),
     # training

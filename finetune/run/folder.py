@@ -94,6 +94,10 @@ class RunFolder:
         return self.root / "exit.json"
 
     @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine.jsonl"
+
+    @property
     def probe(self) -> Path:
         return self.root / "probe.json"
 
@@ -122,10 +126,16 @@ class RunFolder:
         write_json(self.probe, probe)
 
     def keep_quarantine(self, files: Sequence[Path]) -> None:
-        """Keep copies of the rows that could not be used, of all sources in one file; none when there are none."""
+        """Keep copies of the rows that could not be used, of all sources in one file; none when there are none.
+
+        What an earlier start of the same run left there is replaced: rows that are streamed are met anew.
+        """
         if files:
             text = "".join(path.read_text(encoding="utf-8", errors="surrogatepass") for path in files)
-            write_text(self.root / "quarantine.jsonl", text)
+            write_text(self.quarantine, text)
+        else:
+            with disk_errors(self.quarantine):
+                self.quarantine.unlink(missing_ok=True)
 
     def is_run(self) -> bool:
         """Whether run.json is one of ours."""
