@@ -87,7 +87,7 @@ def test_documents_get_what_they_get_alone(**case: Any) -> None:
     "form", [{}, {"softcap": 2.0}, {"sliding_window": 70}, {"sliding_window": 600}, {"sink": True}]
 )
 def test_long_documents_too_which_go_block_by_block_or_through_torch(kernel: str, form: dict[str, Any]) -> None:
-    lengths = [2 * EAGER_UP_TO + 100, EAGER_UP_TO + 1, 30, 30, 2]
+    lengths = [2 * EAGER_UP_TO + 100, EAGER_UP_TO + 1, EAGER_UP_TO, 200, 30, 30, 2]
     assert compared(kernel, lengths, (2, 1), (4, 4), **{"sink": False, **form}) < 1e-12
 
 
