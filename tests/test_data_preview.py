@@ -222,6 +222,13 @@ def test_a_row_that_is_not_there_is_answered_with_the_range() -> None:
             list(places(found, 1, None))
 
 
+def test_a_source_of_which_nothing_was_kept_says_so() -> None:
+    use = chosen([chat("q", "x" * 200)], on_long_row="drop", max_length=100)
+    for row in (None, 0):
+        with pytest.raises(DataError, match=r"^no row of rows was kept; `finetune data prepare` says why$"):
+            previewed(use, row=row, first=3)
+
+
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 

@@ -133,6 +133,20 @@ def test_other_exceptions_pass(tmp_path: Path) -> None:
         raise KeyError("step")
 
 
+def test_a_file_written_piece_by_piece_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "rows.jsonl"
+    with files.staged_file(target) as stream:
+        stream.write(b"one\n")
+        assert not target.exists()
+        stream.write(b"two\n")
+    assert target.read_bytes() == b"one\ntwo\n"
+    with pytest.raises(KeyboardInterrupt), files.staged_file(target) as stream:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+    assert target.read_bytes() == b"one\ntwo\n"
+    assert os.listdir(target.parent) == ["rows.jsonl"]
+
+
 def test_nan_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "x.json", {"loss": float("nan")})

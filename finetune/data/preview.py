@@ -111,6 +111,8 @@ def places(
         return
     one = sources[0]
     numbers = one.rows.row
+    if not len(numbers):
+        raise DataError(f"no row of {one.rows.name} was kept; `finetune data prepare` says why")
     if row is None:
         begins = np.flatnonzero(np.diff(numbers, prepend=-1))  # where each raw row's token rows begin
         end = int(begins[first]) if first is not None and first < len(begins) else len(numbers)
@@ -124,8 +126,6 @@ def places(
 
 def _no_row(one: PreparedSource, row: int, numbers: np.ndarray) -> str:
     name = one.rows.name
-    if not len(numbers):
-        return f"--row: no row of {name} was kept"
     last = int(numbers[-1])
     if 0 <= row < last:
         aside = f"; {one.quarantine} holds rows that cannot be used" if one.quarantine is not None else ""
