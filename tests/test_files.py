@@ -140,9 +140,14 @@ def test_a_file_written_piece_by_piece_appears_whole_or_not_at_all(tmp_path: Pat
         assert not target.exists()
         stream.write(b"two\n")
     assert target.read_bytes() == b"one\ntwo\n"
-    with pytest.raises(KeyboardInterrupt), files.staged_file(target) as stream:
-        stream.write(b"half")
-        raise KeyboardInterrupt
+
+    def stopped() -> None:
+        with files.staged_file(target) as stream:
+            stream.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert target.read_bytes() == b"one\ntwo\n"
     assert os.listdir(target.parent) == ["rows.jsonl"]
 
