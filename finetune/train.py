@@ -9,6 +9,7 @@ the adapter, build the trainer, train, save and prove what was saved. Until the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -391,7 +392,8 @@ def _run(
         for outcome in trackers.finish():
             say("tracker", str(outcome))
         if together:
-            ranks.meet(launched)
+            with contextlib.suppress(RuntimeError):  # a rank that is gone must not hide why this one ends
+                ranks.meet(launched)
     if launched.is_main:
         folder.write_exit(ExitCode.OK, "finished", step, facts)
     return facts
