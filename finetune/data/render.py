@@ -423,6 +423,10 @@ def _as_rendered(
             end += len(tail)
         else:
             end = _through_stop(text, end, _begin(conversation, turn + 1, again, text), template)
+            if not text[:end].endswith(template.stops):  # gpt-oss ends the last turn alone with its stop token
+                found = "a turn that ends with no stop token once others follow"
+                fix = "set data.history to expand, or leave the row out"
+                raise RowError([Fault(f"messages[{turn}]", found, "one there", fix)])
         spans.append(Span(start, end, turn))
         behind = place[1]
     return _Row(text, tuple(spans), again, last)
