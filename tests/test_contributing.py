@@ -54,7 +54,7 @@ def test_there_is_an_example_of_each_kind() -> None:
 def test_the_family_adapts_every_layer_of_its_models(example) -> None:
     from test_families_layers import twin
 
-    from finetune.model.adapt import resolve_targets
+    from finetune.model.targets import resolve_targets
 
     family = example("granite").FAMILY
     assert match("granite:FAMILY", "granite") is family

@@ -18,9 +18,10 @@ from finetune.exports import adapter as adapter_export
 from finetune.exports import merged as merged_export
 from finetune.exports import weights as weights_export
 from finetune.families import match
-from finetune.model.adapt import attach, resolve_targets
+from finetune.model.adapt import attach
 from finetune.model.folder import find
 from finetune.model.probe import gap, logits_of
+from finetune.model.targets import resolve_targets
 from finetune.recipe.sections import AdapterOptions
 
 torch.set_num_threads(1)

@@ -1,52 +1,132 @@
-"""Every family of the table names layers that its models have, and leaves none out."""
+"""Every family of the table names layers that its models have, leaves none out, and trains all of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from finetune.families import FAMILIES, match
-from finetune.families.family import Family
+from finetune.families.family import TWIN, Family
 from finetune.recipe.sections import AdapterOptions
 from finetune.registry import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHAPE = {
-    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
 KNOWN: list[Family] = [resolve("family", name, FAMILIES) for name in FAMILIES]
 TYPES = [(family, model_type) for family in KNOWN for model_type in family.model_types]
+EVERY = pytest.mark.parametrize(("family", "model_type"), TYPES, ids=[model_type for _, model_type in TYPES])
 
 
 def twin(model_type: str) -> PreTrainedModel:
-    """A tiny random model of an architecture."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A tiny random model of an architecture that no family file describes."""
+    from finetune.model import twin as made
 
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SHAPE))
+    return made.twin(model_type, TWIN)
 
 
 def test_families_are_found_under_their_own_names() -> None:
-    assert len(TYPES) >= 8
+    assert len(TYPES) >= 30
     assert [family.name for family in KNOWN] == list(FAMILIES)
     types = [model_type for _, model_type in TYPES]
     assert len(set(types)) == len(types), "a model type belongs to one family"
-    assert all(family.licence.endswith(".") for family in KNOWN)
+    for family in KNOWN:
+        assert family.licence.endswith("."), family.name
+        assert family.layers, family.name
+        assert bool(family.experts) == bool(family.moe_blocks), family.name
+        assert set(family.stored) <= set(family.experts), family.name
+        assert set(family.optional) <= set(family.targets), family.name
 
 
-@pytest.mark.parametrize(("family", "model_type"), TYPES, ids=lambda value: getattr(value, "name", value))
+@EVERY
 def test_auto_adapts_every_linear_layer_that_may_be(family: Family, model_type: str) -> None:
-    from finetune.model.adapt import resolve_targets
+    from finetune.model.kinds import ends, places
+    from finetune.model.targets import resolve_targets
+    from finetune.model.twin import family_twin
 
-    model = twin(model_type)
-    found = match("auto", model_type)
-    assert found is family
-    targets = resolve_targets(model, AdapterOptions(), found)
-    every = resolve_targets(model, AdapterOptions(target_modules="all-linear"), None)
-    left_out = {name.rsplit(".", 1)[-1] for name in set(every.modules) - set(targets.modules)}
-    assert left_out == set(family.never)
-    assert len(targets.modules) == SHAPE["num_hidden_layers"] * len(family.targets)
+    model = family_twin(family, model_type)
+    assert match("auto", model_type) is family
+    targets = resolve_targets(model, AdapterOptions(), family)
+    left_out = {place.name for place in places(model, family) if place.adaptable} - set(targets.names)
+    assert all(ends(name, family.never) for name in left_out)
+    for name in family.never:
+        assert any(ends(one, (name,)) for one in left_out), f"{name} is in no {model_type}"
+    for name in (*family.targets, *family.experts):
+        assert name in family.optional or any(ends(one, (name,)) for one in targets.names), name
+    assert {name for name, p in model.named_parameters() if ends(name, family.experts)} == set(targets.parameters)
     assert not targets.assumed
+
+
+@EVERY
+def test_blocks_and_layers_are_called_as_the_family_says(family: Family, model_type: str) -> None:
+    from finetune.model.kinds import KINDS, places
+    from finetune.model.twin import family_twin
+
+    model = family_twin(family, model_type)
+    modules = {type(module).__name__: module for module in model.modules()}
+    assert set(family.moe_blocks) <= set(modules)
+    assert len(set(family.layers) & set(modules)) == 1
+    holding = {type(module).__name__ for module in model.modules() if hasattr(module, "experts")}
+    assert holding == set(family.moe_blocks)
+    kinds = {place.kind for place in places(model, family)}
+    assert kinds <= set(KINDS)
+    assert "other" not in kinds
+    assert ("router" in kinds) == ("experts" in kinds) == bool(family.experts)
+
+
+@EVERY
+def test_files_call_the_experts_as_the_family_says(family: Family, model_type: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    from finetune.model.kinds import ends
+    from finetune.model.twin import family_twin
+
+    model = family_twin(family, model_type)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        on_disk = set(file.keys())
+    fused = [name for name, _ in model.named_parameters() if ends(name, family.experts)]
+    for name in fused:
+        end = next(end for end in family.experts if ends(name, (end,)))
+        start = name.removesuffix(end)
+        for part in family.stored.get(end, (end,)):
+            numbers = range(4) if "*" in part else [0]
+            assert all(start + part.replace("*", str(number)) in on_disk for number in numbers), name
+    assert not fused or bool(family.stored) == (fused[0] not in on_disk)
+
+
+@EVERY
+def test_all_adapters_learn_and_plain_peft_reloads_them(family: Family, model_type: str, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+
+    from finetune.model.adapt import adapted_modules, attach, untrained_modules
+    from finetune.model.targets import resolve_targets
+    from finetune.model.twin import family_twin
+
+    model: Any = family_twin(family, model_type)
+    options = AdapterOptions(r=4, lora_alpha=64)
+    targets = resolve_targets(model, options, family)
+    wrapped = attach(model, options, targets, "base").train()
+    assert set(adapted_modules(wrapped)) == set(targets.names)
+    ids = torch.randint(3, TWIN["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # the first moves lora_B off zero, by which a gradient reaches lora_A
+        wrapped.zero_grad()
+        wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.5 * parameter.grad
+    trained = [(name, p) for name, p in wrapped.named_parameters() if p.requires_grad]
+    assert [name for name, p in trained if p.grad is None or not bool(p.grad.any())] == []
+    assert untrained_modules(wrapped) == []
+    wrapped.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family_twin(family, model_type), str(tmp_path)).eval()
+    with torch.no_grad():
+        expected, found = (one(input_ids=ids, use_cache=False).logits for one in (wrapped, again))
+        with wrapped.disable_adapter():
+            base = wrapped(input_ids=ids, use_cache=False).logits
+    assert float((expected - base).abs().max()) > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

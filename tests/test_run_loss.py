@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.families import match
-from finetune.model.adapt import attach, resolve_targets
+from finetune.model.adapt import attach
+from finetune.model.targets import resolve_targets
 from finetune.recipe.sections import AdapterOptions
 from finetune.run.loss import HeadLoss, TrainedTokenLoss, trained_positions
 

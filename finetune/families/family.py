@@ -1,21 +1,111 @@
-"""What a model family's config.json does not state, as plain data."""
+"""What a model family's config.json does not state, as plain data; and the words that most families share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Attention: four projections, or those of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLA = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+MLA_OPTIONAL = ("q_proj", "q_a_proj", "q_b_proj")  # the query is compressed in large models, plain in small ones
+
+# Feed-forward: gate, up and down; in models with experts those of dense layers and of the shared expert.
+GLU = ("gate_proj", "up_proj", "down_proj")
+
+# Routed experts: two parameters of three dimensions, experts x out x in; gate stands above up.
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+# What files call them, by their name in memory: a tensor per expert and projection.
+PER_EXPERT = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"),
+    "mlp.experts.down_proj": ("mlp.experts.*.down_proj.weight",),
+}
+PER_EXPERT_W = {
+    "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"),
+    "mlp.experts.down_proj": ("block_sparse_moe.experts.*.w2.weight",),
+}
+
+# A model of two layers that trains in milliseconds, by the names that most configs use.
+TWIN: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,  # wide, so that what a layer does shows in the logits
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+# Four experts, two of them asked, in whatever words a config has for it.
+TWIN_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+# DeepSeek's: the first layer dense, a shared expert, one group of experts.
+TWIN_DEEPSEEK: dict[str, Any] = {
+    **TWIN_EXPERTS,
+    "first_k_dense_replace": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+TWIN_MLA: dict[str, Any] = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+# One layer of linear attention, one of full attention.
+TWIN_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
 
 @dataclass(frozen=True)
 class Family:
     """Facts about one model family.
 
+    Names of layers are ends of full names: `q_proj` is every layer called so, `self_attn.q_proj` only those in
+    attention.
+
     Attributes:
         name: short name, the key in FAMILIES.
         model_types: the `model_type` values of config.json that belong to it.
-        attention: leaf names of the attention projections that LoRA adapts.
-        mlp: leaf names of the feed-forward projections that LoRA adapts.
-        never: leaf names of linear layers that must not be adapted (routers, gates of one output).
+        attention: linear layers of attention, or of what stands in its place, that LoRA adapts.
+        mlp: linear layers of dense feed-forward blocks and shared experts that LoRA adapts.
         licence: what using the weights obliges to, in one sentence.
+        never: linear layers that `auto` leaves out: routers, gates of one output, indexers.
+        optional: those of `attention` and `mlp` that not every model of the family has.
+        experts: parameters of three dimensions that hold all routed experts of a layer.
+        stored: for each of `experts`, what files call its parts, `*` being the number of the expert, in the order in
+            which they stand above each other; empty where files hold it as memory does.
+        renamed: parts of names as (in memory, in files), where files call a layer otherwise.
+        moe_blocks: class names of the blocks with routed experts, which DeepSpeed must gather whole (its ZeRO-3 leaf
+            modules): which experts run differs between ranks.
+        layers: class names of the layers that FSDP wraps; a model has one of them.
+        stop: tokens that end an answer, the first one in chats.
+        thinking: how the chat template takes reasoning; empty where it knows none.
+        tools: how calls of functions are written; empty where the chat template knows none.
+        tied: whether input and output embeddings are one tensor, in words.
+        twin: what TWIN lacks for a tiny model with every kind of block.
     """
 
     name: str
@@ -24,8 +114,23 @@ class Family:
     mlp: tuple[str, ...]
     licence: str
     never: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    renamed: tuple[tuple[str, str], ...] = ()
+    moe_blocks: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    thinking: str = ""
+    tools: str = ""
+    tied: str = "no"
+    twin: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Leaf names that `adapter.target_modules: auto` adapts."""
-        return self.attention + self.mlp
+        """Linear layers that `adapter.target_modules: auto` adapts, beside `experts`."""
+        return tuple(dict.fromkeys(self.attention + self.mlp))
+
+    def twin_shape(self) -> dict[str, Any]:
+        """The config values of a tiny model with every kind of block that the family has."""
+        return {**TWIN, **self.twin}

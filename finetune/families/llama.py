@@ -1,11 +1,16 @@
 """Llama 2 and 3, R1-Distill-Llama, SmolLM and the many models that share the architecture."""
 
-from finetune.families.family import Family
+from finetune.families.family import GLU, QKVO, Family
 
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
-    attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-    mlp=("gate_proj", "up_proj", "down_proj"),
+    attention=QKVO,
+    mlp=GLU,
     licence="Llama 2 and 3: Llama Community License (attribution, use policy). SmolLM and many others: Apache-2.0.",
+    layers=("LlamaDecoderLayer",),
+    stop=("<|eot_id|>", "<|end_of_text|>", "</s>"),
+    thinking="R1-Distill: <think> before the answer, dropped from earlier turns. Llama itself: none.",
+    tools="Llama 3.1 and later: JSON of name and parameters, or <|python_tag|>.",
+    tied="Llama 3.2 1B and 3B, SmolLM: yes; others: no",
 )

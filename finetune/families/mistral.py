@@ -1,11 +1,14 @@
 """Mistral and Ministral, dense."""
 
-from finetune.families.family import Family
+from finetune.families.family import GLU, QKVO, Family
 
 FAMILY = Family(
     name="mistral",
-    model_types=("mistral", "ministral"),
-    attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-    mlp=("gate_proj", "up_proj", "down_proj"),
+    model_types=("mistral", "ministral", "ministral3"),
+    attention=QKVO,
+    mlp=GLU,
     licence="Most open sizes are Apache-2.0; some carry the Mistral Research License.",
+    layers=("MistralDecoderLayer", "MinistralDecoderLayer", "Ministral3DecoderLayer"),
+    stop=("</s>",),
+    tools="[TOOL_CALLS] with JSON of name and arguments.",
 )

@@ -1,11 +1,16 @@
 """Qwen2, Qwen2.5 and R1-Distill-Qwen."""
 
-from finetune.families.family import Family
+from finetune.families.family import GLU, QKVO, Family
 
 FAMILY = Family(
     name="qwen2",
     model_types=("qwen2",),
-    attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-    mlp=("gate_proj", "up_proj", "down_proj"),
+    attention=QKVO,
+    mlp=GLU,
     licence="Most sizes are Apache-2.0; Qwen2.5 3B and 72B carry the Qwen licence.",
+    layers=("Qwen2DecoderLayer",),
+    stop=("<|im_end|>", "<|endoftext|>"),
+    thinking="R1-Distill: <think> before the answer, dropped from earlier turns. Qwen2.5 itself: none.",
+    tools="<tool_call> with JSON of name and arguments.",
+    tied="up to 3B: yes; larger: no",
 )

@@ -1,128 +1,38 @@
-"""Attach the adapter, and prove that exactly the modules meant have one.
+"""Attach the adapter, and prove that exactly the layers meant have one.
 
 PEFT accepts names that match nothing, matches some names in part, and for many mixture-of-experts models moves an
-adapter from the layer that was named to another. So the modules are resolved here, on the model that was built, and
-compared with what PEFT made of them.
+adapter from the layer that was named to another. So full names are resolved beforehand (model/targets.py), handed over
+in the form that PEFT leaves where it is, and compared with what PEFT made of them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 from finetune.errors import ModelError
-from finetune.families.family import Family
+from finetune.model.kinds import ends
+from finetune.model.targets import Targets, check_patterns, leaf
 from finetune.recipe.sections import AdapterOptions
 from finetune.registry import nearest
 
-
-@dataclass(frozen=True)
-class Targets:
-    """The modules that get an adapter.
-
-    Attributes:
-        modules: full names, as `model.named_modules` gives them.
-        assumed: what was assumed where no family file knows the model; empty otherwise.
-    """
-
-    modules: tuple[str, ...]
-    assumed: str = ""
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    """A layer LoRA can adapt: nn.Linear, bitsandbytes' subclasses of it, and transformers' Conv1D."""
-    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers but the output head."""
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
-
-
-def _looks_like_router(name: str) -> bool:
-    return _leaf(name) in ("gate", "router", "wg", "shared_expert_gate")
-
-
-def resolve_targets(model: PreTrainedModel, options: AdapterOptions, family: Family | None) -> Targets:
-    """Which modules `adapter.target_modules` means on this model.
-
-    Args:
-        model: the built base.
-        options: the adapter section.
-        family: the model's family; None when no file knows it.
-
-    Raises:
-        ModelError: a name matches no module, or only names that cannot carry an adapter.
-    """
-    linear = _linear_names(model)
-    wanted = options.target_modules
-    if isinstance(wanted, tuple):
-        return Targets(_match_names(model, wanted, linear))
-    if wanted == "auto" and family is not None:
-        return Targets(_match_names(model, family.targets, linear))
-    kind = model.config.model_type
-    if _has_fused_experts(model):
-        raise ModelError(
-            f"adapter.target_modules: {wanted} would leave most of this model ({kind}) untrained, because its experts "
-            f"are fused weights and no linear layers; list the modules to adapt: {', '.join(_leaves(linear))}"
-        )
-    never = family.never if family is not None else ()
-    if wanted == "all-linear":
-        return Targets(tuple(name for name in linear if _leaf(name) not in never))
-    modules = tuple(name for name in linear if not _looks_like_router(name))
-    return Targets(modules, f"no family file knows model type {kind!r}; adapting every {', '.join(_leaves(modules))}")
-
-
-def _has_fused_experts(model: PreTrainedModel) -> bool:
-    """Whether a layer that is no convolution holds a weight of three dimensions: experts x out x in."""
-    return any(
-        parameter.dim() == 3
-        for module in model.modules()
-        if not isinstance(module, torch.nn.Conv1d)
-        for parameter in module.parameters(recurse=False)
-    )
-
-
-def _leaf(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _leaves(names: Iterable[str]) -> list[str]:
-    return sorted({_leaf(name) for name in names})
-
-
-def _match_names(model: PreTrainedModel, wanted: Iterable[str], linear: list[str]) -> tuple[str, ...]:
-    """Modules whose full name is, or ends in, one of `wanted`; every one of `wanted` must match a linear layer."""
-    every = {name: module for name, module in model.named_modules() if name}
-    head = model.get_output_embeddings()
-    found: set[str] = set()
-    faults = []
-    for target in wanted:
-        hits = [name for name in every if name == target or name.endswith(f".{target}")]
-        if not hits:
-            near = nearest(_leaf(target), _leaves(linear), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (linear layers: {', '.join(_leaves(linear))})"
-            faults.append(f"{target!r} matches no module{hint}")
-        elif any(every[name] is head for name in hits):
-            faults.append(f"{target!r} is the output head, which is not adapted: many models share it with the input")
-        elif others := [name for name in hits if name not in linear]:
-            kind = type(every[others[0]]).__name__
-            faults.append(f"{target!r} matches {others[0]}, a {kind}; only linear layers are adapted")
-        else:
-            found.update(hits)
-    if faults:
-        raise ModelError("adapter.target_modules: " + "; ".join(faults))
-    return tuple(name for name in linear if name in found)
+# Names that PEFT 0.21.2 takes for those of routed experts, whatever layer they are (huggingface/peft#3711).
+_EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def attach(
-    model: PreTrainedModel, options: AdapterOptions, targets: Targets, base_name: str, revision: str | None = None
+    model: PreTrainedModel,
+    options: AdapterOptions,
+    targets: Targets,
+    base_name: str,
+    revision: str | None = None,
+    on_meta: bool = False,
 ) -> PeftModel:
     """Wrap the base with a fresh adapter on exactly `targets`; adapter weights are float32.
 
@@ -134,35 +44,45 @@ def attach(
         targets: from `resolve_targets`.
         base_name: what adapter_config.json calls the base.
         revision: the base's revision on the hub.
+        on_meta: make adapter weights without memory, for a model on the meta device.
 
     Raises:
-        ModelError: PEFT adapted other modules than those named, or layers that are stored in two ways were named.
+        ModelError: PEFT adapted other layers than those named, or the options do not go together on this model.
     """
-    modules = [model.get_submodule(name) for name in targets.modules]
-    transposed = [type(module).__name__ == "Conv1D" for module in modules]
-    if any(transposed) and not all(transposed):
-        raise ModelError(
-            "adapter.target_modules: some of these layers are stored transposed (Conv1D) and some are not, which one "
-            "adapter cannot hold; name only the one or the other kind"
-        )
+    transposed = _is_transposed(model, targets)
+    moved = _moved(model, targets)
+    parameters = _short_parameters(model, (*(f"{name}.weight" for name in moved), *targets.parameters))
+    _refuse_on_parameters(model, options, moved, targets.parameters)
+    for key, patterns in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
+        check_patterns(targets, key, patterns)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=_short_names(model, targets.modules),
+        target_modules=_short_names(model, [name for name in targets.modules if name not in moved]),
+        target_parameters=parameters or None,
+        rank_pattern=_patterns(options.rank_pattern, moved),
+        alpha_pattern=_patterns(options.alpha_pattern, moved),
+        modules_to_save=_modules_to_save(model, options, targets) or None,
+        trainable_token_indices=_token_indices(model, options) or None,
+        ensure_weight_tying=_is_tied(model) and bool(options.modules_to_save),
         use_rslora=options.use_rslora,
         use_dora=options.method == "dora",
-        fan_in_fan_out=any(transposed),
+        fan_in_fan_out=transposed,
         bias="none",
         task_type="CAUSAL_LM",
         revision=revision,
     )
     try:
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+        with warnings.catch_warnings():  # PEFT looks for patterns among layers only, not among parameters
+            warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=not on_meta, low_cpu_mem_usage=on_meta)
     except ValueError as error:
         raise ModelError(f"adapter.target_modules: refused by PEFT for this model: {error}") from error
     # PEFT puts the folder there that the weights were read from, which for a hub model is a cache on this machine.
     wrapped.peft_config["default"].base_model_name_or_path = base_name
+    if parameters:  # PEFT makes a set of them, whose order differs from process to process
+        wrapped.peft_config["default"].target_parameters = parameters
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
@@ -170,23 +90,147 @@ def attach(
     return wrapped
 
 
-def _short_names(model: PreTrainedModel, modules: tuple[str, ...]) -> list[str]:
+def _is_transposed(model: PreTrainedModel, targets: Targets) -> bool:
+    """Whether the layers are stored (in, out).
+
+    Raises:
+        ModelError: some are and some are not.
+    """
+    transposed = [type(model.get_submodule(name)).__name__ == "Conv1D" for name in targets.modules]
+    if any(transposed) and not all(transposed):
+        raise ModelError(
+            "adapter.target_modules: some of these layers are stored transposed (Conv1D) and some are not, which one "
+            "adapter cannot hold; name only the one or the other kind"
+        )
+    return any(transposed)
+
+
+def _moved(model: PreTrainedModel, targets: Targets) -> tuple[str, ...]:
+    """The modules whose adapter PEFT would put on the routed experts instead, because of what they are called.
+
+    Their weights are adapted as parameters, whose names PEFT takes literally; the adapter's tensors are called the same
+    either way. PEFT itself is asked, so that a release that moves nothing is used as it is.
+    """
+    probe = LoraConfig(target_modules=sorted({*map(leaf, targets.modules), *_EXPERT_NAMES}))
+    convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    return tuple(name for name in targets.modules if leaf(name) not in (probe.target_modules or ()))
+
+
+def _refuse_on_parameters(
+    model: PreTrainedModel, options: AdapterOptions, moved: tuple[str, ...], fused: tuple[str, ...]
+) -> None:
+    """What PEFT cannot do where it adapts a parameter instead of a layer."""
+    if not moved and not fused:
+        return
+    some = (fused or moved)[0]
+    why = f"{some} is adapted as a parameter (fused experts, or a layer that PEFT would take for them)"
+    if options.lora_dropout:
+        raise ModelError(f"adapter.lora_dropout: {why}, which has no dropout; write lora_dropout: 0")
+    if options.method == "dora":
+        raise ModelError(f"adapter.method: {why}, which DoRA cannot do; write method: lora, or name other layers")
+    quantized = [name for name in moved if not model.get_submodule(name).weight.is_floating_point()]
+    if quantized:
+        raise ModelError(
+            f"adapter.target_modules: {why}, which cannot be done to quantised weights ({len(quantized)} layers); "
+            "leave those layers out, or write model.quantization: none"
+        )
+
+
+def _patterns(patterns: dict[str, int], moved: tuple[str, ...]) -> dict[str, int]:
+    """PEFT's patterns: where a layer is adapted as a parameter, its name there ends in `.weight`."""
+    found = {}
+    for pattern, value in patterns.items():
+        found[pattern] = value
+        if moved:
+            found[f"({pattern})\\.weight"] = value
+    return found
+
+
+def _short_names(model: PreTrainedModel, modules: Iterable[str]) -> list[str]:
     """Leaf names where they say the same as the full names, since every server reads those; else the full names."""
-    leaves = _leaves(modules)
-    matched = {name for name, _ in model.named_modules() if _leaf(name) in leaves}
+    leaves = sorted({leaf(name) for name in modules})
+    matched = {name for name, _ in model.named_modules() if leaf(name) in leaves}
     return leaves if matched == set(modules) else sorted(modules)
 
 
+def _short_parameters(model: PreTrainedModel, parameters: Iterable[str]) -> list[str]:
+    """For each parameter the shortest end of its name that means no other, so that a config stays readable."""
+    wanted = set(parameters)
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found: set[str] = set()
+    for name in sorted(wanted):
+        parts = name.split(".")
+        shorter = [".".join(parts[-length:]) for length in (3, 4)]
+        fitting = [end for end in shorter if all(one in wanted for one in every if ends(one, (end,)))]
+        found.add(fitting[0] if fitting else name)
+    return sorted(found)
+
+
+def _modules_to_save(model: PreTrainedModel, options: AdapterOptions, targets: Targets) -> list[str]:
+    """`adapter.modules_to_save`, checked.
+
+    Raises:
+        ModelError: a name matches no module, one of layers, or one that gets an adapter.
+    """
+    every = {name: module for name, module in model.named_modules() if name}
+    for wanted in options.modules_to_save:
+        hits = [name for name in every if ends(name, (wanted,))]
+        if not hits:
+            near = nearest(leaf(wanted), sorted({leaf(name) for name in every}), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelError(f"adapter.modules_to_save: {wanted!r} matches no module{hint}")
+        if clash := [name for name in targets.names if any(f"{name}.".startswith(f"{hit}.") for hit in hits)]:
+            raise ModelError(f"adapter.modules_to_save: {wanted!r} holds {clash[0]}, which gets an adapter; choose one")
+        if not any(True for name in hits for _ in every[name].parameters()):
+            raise ModelError(f"adapter.modules_to_save: {wanted!r} has no weights")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    saved = [module for name, module in every.items() if ends(name, options.modules_to_save)]
+    if _is_tied(model) and any(one is embedding for one in saved) != any(one is head for one in saved):
+        raise ModelError(
+            "adapter.modules_to_save: input and output embedding of this model are one tensor; name both or neither"
+        )
+    return list(options.modules_to_save)
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
+
+
+def _token_indices(model: PreTrainedModel, options: AdapterOptions) -> list[int]:
+    """`adapter.trainable_token_indices`, checked.
+
+    Raises:
+        ModelError: an id that the vocabulary does not have, or the embedding is trained whole already.
+    """
+    embedding = model.get_input_embeddings()
+    size = embedding.weight.shape[0]
+    if beyond := [index for index in options.trainable_token_indices if index >= size]:
+        raise ModelError(f"adapter.trainable_token_indices: {beyond[0]} is beyond the vocabulary, 0 to {size - 1}")
+    if options.trainable_token_indices and any(
+        module is embedding for name, module in model.named_modules() if ends(name, options.modules_to_save)
+    ):
+        raise ModelError("adapter.trainable_token_indices: modules_to_save trains the whole embedding; choose one")
+    return list(options.trainable_token_indices)
+
+
 def adapted_modules(model: PeftModel) -> dict[str, LoraLayer]:
-    """The modules that carry an adapter, by their name in the base model."""
+    """The layers that carry an adapter, by their name in the base model; fused experts by the parameter's name."""
     inner = model.get_base_model()
-    return {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
+    found: dict[str, LoraLayer] = {}
+    for name, module in inner.named_modules():
+        if isinstance(module, LoraLayer):
+            # One parameter is wrapped around another of the same module: experts, experts.base_layer.
+            place = name.replace(".base_layer", "")
+            parameter = getattr(module, "parameter_name", "weight")
+            found[place if parameter == "weight" else f"{place}.{parameter}"] = module
+    return found
 
 
 def _prove_coverage(model: PeftModel, targets: Targets) -> None:
     got = set(adapted_modules(model))
-    missed = sorted(set(targets.modules) - got)
-    extra = sorted(got - set(targets.modules))
+    missed = sorted(set(targets.names) - got)
+    extra = sorted(got - set(targets.names))
     if missed or extra:
         lines = [f"  {name}: meant, not adapted" for name in missed[:5]]
         lines += [f"  {name}: adapted, not meant" for name in extra[:5]]
@@ -198,7 +242,7 @@ def _prove_coverage(model: PeftModel, targets: Targets) -> None:
 
 
 def untrained_modules(model: PeftModel) -> list[str]:
-    """Adapted modules whose lora_B is still all zero: nothing reached them, so they change nothing.
+    """Adapted layers whose lora_B is still all zero: nothing reached them, so they change nothing.
 
     A fresh lora_B is zero, and any gradient moves it: a zero after steps with a learning rate above 0 is a defect.
     """

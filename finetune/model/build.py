@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from finetune.families.family import Family
-from finetune.model.adapt import attach, resolve_targets
+from finetune.model.adapt import attach
 from finetune.model.folder import Base
 from finetune.model.load import Precision, load_base, quantized_modules
+from finetune.model.targets import resolve_targets
 from finetune.recipe.sections import AdapterOptions, ModelOptions
 
 
@@ -68,7 +69,7 @@ def build(
     if adapter.method != "none":
         targets = resolve_targets(model, adapter, family)
         model = attach(model, adapter, targets, options.name_or_path, options.revision)
-        leaves = tuple(sorted({name.rsplit(".", 1)[-1] for name in targets.modules}))
+        leaves = targets.short()
         note = targets.assumed
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f"{adapter.method} r={adapter.r} on {', '.join(leaves)}" if leaves else "every weight"

@@ -55,18 +55,46 @@ class AdapterOptions(Section):
     """Scale of the update: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input, as a share from 0 to 1."""
-    target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
-    """Which linear layers get an adapter: `auto` (the family's list), `all-linear`, or a list of module names."""
+    target_modules: Literal["auto", "attention", "mlp", "experts", "all-linear"] | tuple[str, ...] = "auto"
+    """What gets an adapter: `auto` is all of the family's `attention`, `mlp` (dense and shared) and routed `experts`;
+    `all-linear` is every linear layer, routers excepted. A list mixes these words with names of layers, ends of names
+    and regular expressions over whole names."""
+    layers_to_transform: tuple[int | str, ...] = ()
+    """Adapt only these layers, counted from 0: numbers and ranges, as `[0, 20-31]`; by default all."""
+    rank_pattern: dict[str, Count] = Field(default_factory=dict)
+    """Other ranks for some layers, as `down_proj: 32`: the end of a name, or a regular expression for it."""
+    alpha_pattern: dict[str, Count] = Field(default_factory=dict)
+    """Other values of lora_alpha for some layers, by the end of a name or a regular expression for it."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole and saved with the adapter, as `[embed_tokens, lm_head]`."""
+    trainable_token_indices: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Token ids whose rows of the input embedding are trained."""
+    accept: tuple[
+        Literal["experts_frozen", "latent_attention_frozen", "linear_attention_frozen", "router_adapted"], ...
+    ] = ()
+    """Consequences of target_modules that are refused unless named here: routed experts, latent attention (DeepSeek's
+    MLA) or linear attention without any adapter, or a router with one."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (arXiv 2312.03732), which keeps large r stable."""
 
-    _tuples = field_validator("target_modules", mode="before")(_as_tuple)
+    _tuples = field_validator(
+        "target_modules", "layers_to_transform", "modules_to_save", "trainable_token_indices", "accept", mode="before"
+    )(_as_tuple)
 
     @field_validator("target_modules")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if isinstance(value, tuple) and (not value or any(not name.strip() for name in value)):
             raise ValueError("name at least one module, or write auto")
+        return value
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _ranges(cls, value: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        for part in value:
+            first, _, last = str(part).partition("-")
+            if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+                raise ValueError(f"{part!r} is neither a layer's number nor a range as 20-31")
         return value
 
 

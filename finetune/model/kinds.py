@@ -1,0 +1,112 @@
+"""What each weight of a model is for: attention, feed-forward, experts, router, norm, embedding, head.
+
+Family files name routers and what must be left alone; the rest is read from the tree of modules, so that a model of an
+unknown type is sorted too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune.families.family import Family
+
+KINDS = ("attention", "mlp", "shared_expert", "experts", "router", "norm", "embedding", "head", "other")
+_ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "gate_network", "moe_statics"})
+_ATTENTION = re.compile(r"attn|attention")
+_FEED_FORWARD = re.compile(r"mlp|ffn|feed_forward|feedforward|moe")
+_ELSEWHERE = re.compile(r"vision|visual|image|audio")  # towers of a model that also sees or hears
+_QUANTIZED = ("Linear4bit", "Linear8bitLt")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer, or a parameter that holds all experts of a layer, where weights are.
+
+    Attributes:
+        name: full name of the module, as `model.named_modules` gives it; of fused experts that of the parameter.
+        kind: one of KINDS.
+        what: class name of the module.
+        adaptable: whether LoRA can adapt it: a linear layer but the head, or fused experts.
+        fused: whether it is a parameter of three dimensions.
+    """
+
+    name: str
+    kind: str
+    what: str
+    adaptable: bool
+    fused: bool = False
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A layer LoRA can adapt: nn.Linear, bitsandbytes' subclasses of it, and transformers' Conv1D.
+
+    A subclass with a forward of its own (a grouped product, a router) is none: LoRA would add to something else.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward or type(module).__name__ in _QUANTIZED
+    return type(module).__name__ == "Conv1D"
+
+
+def ends(name: str, wanted: Iterable[str]) -> bool:
+    """Whether a full name is, or ends in, one of `wanted`."""
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def is_elsewhere(name: str) -> bool:
+    """Whether a full name lies in a tower that text does not reach."""
+    return _ELSEWHERE.search(name) is not None
+
+
+def places(model: PreTrainedModel, family: Family | None) -> list[Place]:
+    """Every place of the bare model with weights of its own, in the model's order.
+
+    Args:
+        model: the base without an adapter, real or on the meta device.
+        family: its family; None when no file knows it.
+    """
+    head = model.get_output_embeddings()
+    found: list[Place] = []
+    for name, module in model.named_modules():
+        fused = set(_fused(name, module, family))
+        if any(parameter not in fused for parameter, _ in module.named_parameters(recurse=False)):
+            kind = "head" if module is head else _kind(name, module, family)
+            adaptable = module is not head and is_linear(module)
+            found.append(Place(name, kind, type(module).__name__, adaptable))
+        found += [Place(f"{name}.{one}", "experts", type(module).__name__, True, True) for one in sorted(fused)]
+    return found
+
+
+def _fused(name: str, module: nn.Module, family: Family | None) -> Iterator[str]:
+    """The parameters of a module that hold a matrix per expert."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_elsewhere(name):
+        return
+    for one, parameter in module.named_parameters(recurse=False):
+        full = f"{name}.{one}"
+        if parameter.dim() == 3 and (family is None or not family.experts or ends(full, family.experts)):
+            yield one
+
+
+def _kind(name: str, module: nn.Module, family: Family | None) -> str:
+    path, what = name.split("."), type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if what.endswith("Norm") or "Norm" in what or path[-1].endswith("norm"):
+        return "norm"
+    if is_elsewhere(name):
+        return "other"
+    if "Router" in what or (path[-1] in _ROUTERS and not any(_ATTENTION.search(part) for part in path)):
+        return "router"
+    if "moe_statics" in path or (family is not None and path[-1].endswith("gate") and ends(name, family.never)):
+        return "router"
+    if any(part.startswith("shared_") for part in path[:-1]):
+        return "shared_expert"
+    if "experts" in path:
+        return "experts"
+    if any(_ATTENTION.search(part) for part in path):
+        return "attention"
+    return "mlp" if any(_FEED_FORWARD.search(part) for part in path) or path[-1] in ("fc1", "fc2") else "other"
