@@ -143,11 +143,7 @@ def attend(
     if asked:
         raise NotIsolated(f"{type(module).__name__} asks for {', '.join(asked)}")
     batch, heads, length, width = query.shape
-    if cu_seq_lens_q is None:
-        documents = Documents.equal(batch, length)
-    elif batch == 1:
-        documents = Documents.of(cu_seq_lens_q)
-    else:
+    if cu_seq_lens_q is not None and batch > 1:
         raise NotIsolated(f"{batch} rows with cu_seq_lens_q; documents are laid end to end in one row")
     dtype = _dtype(query)
     q, k, v = (states.to(dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value))
@@ -160,6 +156,8 @@ def attend(
     if s_aux is None and cu_seq_lens_q is not None and max_length_q is not None and _varlen_takes(q, v, form):
         out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, form)
     else:
+        # Reading the lengths makes the host wait for an accelerator, which the one kernel above spares it.
+        documents = Documents.equal(batch, length) if cu_seq_lens_q is None else Documents.of(cu_seq_lens_q)
         out = _by_runs(q, k, v, s_aux, documents, form, kernel)
     return out.view(batch, length, heads, -1), None
 
