@@ -68,7 +68,7 @@ def test_training_keys_are_spelt_as_the_installed_release_spells_them(trainer_ar
         ("", "load_in_4bit", "model.quantization"),
         ("", "train_on_inputs", "data.loss_on"),
         ("", "datasets", "data.train"),
-        ("", "val_set_size", "data.validation"),
+        ("", "val_set_size", "data.validation_split"),
         ("", "gradient_checkpointing", "training.activation_checkpointing"),
         ("", "sample_packing", "data.packing"),
         ("", "lora_target_linear", "adapter.target_modules"),
