@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
@@ -36,6 +37,10 @@ class Section(BaseModel):
     def __eq__(self, other: object) -> bool:
         """Equal keys make equal sections, whoever has read them."""
         return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        """By the keys' values, mappings among them."""
+        return hash((type(self), json.dumps(self.model_dump(mode="json"), sort_keys=True)))
 
     def reads(self) -> frozenset[str]:
         """The keys of this section that were read since it was made."""
