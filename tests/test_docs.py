@@ -292,6 +292,18 @@ def test_the_table_of_keys_is_fresh() -> None:
     assert keys.table().count("\n| `") >= 55
 
 
+def test_the_tables_of_families_are_fresh() -> None:
+    """To renew them: python docs/families.py"""
+    spec = importlib.util.spec_from_file_location("families", ROOT / "docs" / "families.py")
+    assert spec is not None
+    assert spec.loader is not None
+    families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(families)
+    page = families.PAGE.read_text(encoding="utf-8")
+    assert families.renewed(page) == page
+    assert families.tables().count("\n| `") >= 2 * 29
+
+
 def test_example_rows_convert_with_the_format_they_stand_under() -> None:
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     sections = re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", text, re.DOTALL | re.MULTILINE)

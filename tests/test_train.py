@@ -443,7 +443,9 @@ def every_key(lab: Lab) -> dict[str, Any]:
         },
         "adapter": {
             "method": "lora", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj"],
-            "use_rslora": True,
+            "use_rslora": True, "layers_to_transform": [0, "1-1"], "rank_pattern": {"q_proj": 3},
+            "alpha_pattern": {"0.self_attn.q_proj": 5}, "modules_to_save": ["model.norm"],
+            "trainable_token_indices": [7], "accept": [],
         },
         "data": {
             "train": [source], "validation": [held], "max_length": 512,

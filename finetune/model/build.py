@@ -9,7 +9,9 @@ import torch
 
 from finetune.families.family import Family
 from finetune.model.adapt import attach
+from finetune.model.coverage import measure, refuse_unaccepted
 from finetune.model.folder import Base
+from finetune.model.kinds import places
 from finetune.model.load import Precision, load_base, quantized_modules
 from finetune.model.targets import resolve_targets
 from finetune.recipe.sections import AdapterOptions, ModelOptions
@@ -23,7 +25,7 @@ class Built:
         model: the base with its adapter, or the base alone for full fine-tuning.
         base: what the base is, in words.
         trains: what is trained, in words.
-        note: what was assumed; empty when nothing was.
+        note: what was assumed, and which kinds of blocks stay frozen; empty when neither.
         targets: leaf names of the adapted modules; empty for full fine-tuning.
         quantized: full names of the modules held in 4 or 8 bits.
         trained: how many parameters are trained.
@@ -67,10 +69,13 @@ def build(
     note = ""
     leaves: tuple[str, ...] = ()
     if adapter.method != "none":
+        found = places(model, family)
         targets = resolve_targets(model, adapter, family)
         model = attach(model, adapter, targets, options.name_or_path, options.revision)
+        coverage = measure(found, model)
+        refuse_unaccepted(coverage, adapter)
         leaves = targets.short()
-        note = targets.assumed
+        note = "; ".join(filter(None, [targets.assumed, *coverage.sentences()]))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f"{adapter.method} r={adapter.r} on {', '.join(leaves)}" if leaves else "every weight"
     return Built(

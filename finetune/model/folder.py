@@ -111,6 +111,22 @@ def find(name_or_path: str) -> Base:
     return Base(name_or_path, None, {})
 
 
+def find_config(name_or_path: str) -> Base:
+    """The base that a recipe names, looked at for its config alone: a folder may lack weights and tokenizer.
+
+    Raises:
+        ModelError: there is no such folder, or no usable config.json in it.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        return find(name_or_path)
+    faults: list[str] = []
+    config = _config(path, faults)
+    if faults:
+        raise ModelError(f"the base model {path}: " + "; ".join(faults))
+    return Base(name_or_path, path, config)
+
+
 def _meant_as_path(name: str) -> bool:
     """A missing folder must not be looked up on the hub: `data/model` is a path wherever `data/` exists."""
     first = name.split("/", 1)[0]

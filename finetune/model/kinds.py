@@ -33,6 +33,8 @@ class Place:
         what: class name of the module.
         adaptable: whether LoRA can adapt it: a linear layer but the head, or fused experts.
         fused: whether it is a parameter of three dimensions.
+        parameters: how many numbers its own weights are; a tensor that two places share counts at the first.
+        bytes: what they take in memory.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Place:
     what: str
     adaptable: bool
     fused: bool = False
+    parameters: int = 0
+    bytes: int = 0
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -71,14 +75,37 @@ def places(model: PreTrainedModel, family: Family | None) -> list[Place]:
     """
     head = model.get_output_embeddings()
     found: list[Place] = []
+    counted: set[int] = set()
     for name, module in model.named_modules():
-        fused = set(_fused(name, module, family))
-        if any(parameter not in fused for parameter, _ in module.named_parameters(recurse=False)):
+        own = dict(module.named_parameters(recurse=False))
+        fused = {one: own.pop(one) for one in sorted(_fused(name, module, family))}
+        what = type(module).__name__
+        if own:
             kind = "head" if module is head else _kind(name, module, family)
             adaptable = module is not head and is_linear(module)
-            found.append(Place(name, kind, type(module).__name__, adaptable))
-        found += [Place(f"{name}.{one}", "experts", type(module).__name__, True, True) for one in sorted(fused)]
+            found.append(Place(name, kind, what, adaptable, False, *_size(module, own.values(), counted)))
+        for one, parameter in fused.items():
+            size = _size(module, [parameter], counted)
+            found.append(Place(f"{name}.{one}", "experts", what, True, True, *size))
     return found
+
+
+def _size(module: nn.Module, parameters: Iterable[nn.Parameter], counted: set[int]) -> tuple[int, int]:
+    """How many numbers, in how many bytes; tensors in `counted` are left out, the others added to it."""
+    numbers = size = 0
+    for parameter in parameters:
+        if id(parameter) in counted:
+            continue
+        counted.add(id(parameter))
+        size += parameter.numel() * parameter.element_size()
+        if type(module).__name__ == "Linear4bit" and parameter is module.weight:
+            numbers += module.in_features * module.out_features  # two to a byte
+            state = getattr(parameter, "quant_state", None)
+            parts = [state, getattr(state, "state2", None)]
+            size += sum(part.absmax.numel() * part.absmax.element_size() for part in parts if part is not None)
+        else:
+            numbers += parameter.numel()
+    return numbers, size
 
 
 def _fused(name: str, module: nn.Module, family: Family | None) -> Iterator[str]:

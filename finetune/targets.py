@@ -1,0 +1,87 @@
+"""`finetune targets`: what a recipe trains, told before any weight is loaded.
+
+The model is built from its config on the meta device and the adapter is attached to it as in training, so what is told
+is what PEFT makes of the recipe, for DeepSeek-V3 as for a small model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from finetune.recipe.load import load_recipe
+
+if TYPE_CHECKING:
+    from finetune.model.coverage import Coverage
+
+
+def run(recipe_path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What each part of the model is, and whether the recipe trains it.
+
+    Args:
+        recipe_path: the recipe file.
+        overrides: `section.key=value` each.
+
+    Returns:
+        `base`, `model_type`, `family` (None when no file knows it), `method`, `dtype`, `quantization`, `stored`
+        (how the checkpoint itself is quantised; None when it is not), `assumed`,
+        `refused` (why training would not start; None when it would), `parameters`, `bytes` as loaded, `trainable`,
+        `blocks` by kind, and `modules`: `name`, `kind`, `parameters`, `bytes`, `adapted`, `trainable` of each.
+
+    Raises:
+        FinetuneError: a name, pattern or layer matches nothing, or the model cannot be built.
+    """
+    from finetune.plan.hardware import compute_dtype, detect
+    from finetune.run.say import quieten
+
+    recipe = load_recipe(recipe_path, list(overrides)).recipe
+    hardware = detect(recipe.launch.device)
+    quieten(hardware.device)  # before peft is imported
+
+    from finetune.errors import ModelError
+    from finetune.families import match
+    from finetune.model.coverage import refuse_unaccepted
+    from finetune.model.folder import find_config
+    from finetune.model.load import precision
+    from finetune.model.skeleton import skeleton
+
+    base = find_config(recipe.model.name_or_path)
+    compute = compute_dtype(recipe.model.dtype, hardware)
+    kept = precision(recipe.model, recipe.adapter.method, compute)
+    dtype = kept.base if recipe.model.quantization == "none" else kept.compute
+    model: Any = skeleton(recipe.model, base, dtype)
+    family = match(recipe.model.family, base.model_type or model.config.model_type)
+    coverage, assumed = _covered(model, recipe, family)
+    refused = None
+    if recipe.adapter.method != "none":
+        try:
+            refuse_unaccepted(coverage, recipe.adapter)
+        except ModelError as error:
+            refused = str(error)
+    return {
+        "base": recipe.model.name_or_path,
+        "model_type": model.config.model_type,
+        "family": family.name if family is not None else None,
+        "method": recipe.adapter.method,
+        "dtype": dtype,
+        "quantization": recipe.model.quantization,
+        "stored": (base.config.get("quantization_config") or {}).get("quant_method"),
+        "assumed": assumed,
+        "refused": refused,
+        **coverage.facts(),
+    }
+
+
+def _covered(model: Any, recipe: Any, family: Any) -> tuple[Coverage, str]:
+    """The coverage of a model on the meta device, and what was assumed."""
+    from finetune.model.adapt import attach
+    from finetune.model.coverage import as_quantized, measure
+    from finetune.model.kinds import places
+    from finetune.model.targets import resolve_targets
+
+    found = as_quantized(places(model, family), recipe.model.quantization)
+    if recipe.adapter.method == "none":
+        return measure(found, model), ""
+    targets = resolve_targets(model, recipe.adapter, family)
+    wrapped = attach(model, recipe.adapter, targets, recipe.model.name_or_path, on_meta=True)
+    return measure(found, wrapped), targets.assumed

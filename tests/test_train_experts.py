@@ -1,0 +1,63 @@
+"""Whole runs on a model with routed experts: what is trained, refused and said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import zoo
+from tiny import Lab
+
+BASE = {"model.name_or_path": "moe", "model.dtype": "float32"}
+
+
+@pytest.fixture
+def experts(lab: Lab) -> Lab:
+    """A lab with a tiny Qwen3-MoE in it: one dense layer, one of experts."""
+    zoo.folder(lab / "moe", "moe", vocab_size=2048)
+    return lab
+
+
+def test_experts_and_dense_layers_are_trained_and_plain_peft_names_them(experts: Lab) -> None:
+    done = experts.train(BASE).ok()
+    config = json.loads((experts / "run/adapter/adapter_config.json").read_text())
+    assert config["target_parameters"] == [
+        "mlp.down_proj.weight", "mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+    ]  # fmt: skip
+    assert "experts.down_proj, experts.gate_up_proj" in done.stderr
+    assert "frozen:" not in done.stderr
+    resolved = (experts / "run/recipe.yaml").read_text()
+    assert "experts.gate_up_proj" in resolved
+
+
+def test_frozen_experts_are_refused_before_the_first_step_unless_accepted(experts: Lab) -> None:
+    refused = experts.train({**BASE, "adapter.target_modules": "attention"})
+    assert refused.returncode == 5
+    assert "routed experts" in refused.stderr
+    assert "adapter.accept: [experts_frozen]" in refused.stderr
+    assert not Path(experts / "run").exists()
+    accepted = {**BASE, "adapter.target_modules": "attention", "adapter.accept": ["experts_frozen"]}
+    assert "frozen: dense feed-forward" in experts.train(accepted).ok().stderr
+
+
+def test_what_a_run_resolved_trains_the_same_again(experts: Lab) -> None:
+    experts.train(BASE).ok()
+    first = experts.adapter()
+    recipe = (experts / "run/recipe.yaml").read_text()
+    (experts / "again.yaml").write_text(recipe)
+    experts.warm.run("train", "again.yaml", "output_dir=second", cwd=experts.folder).ok()
+    assert experts.adapter("second") == first
+
+
+def test_patterns_whole_modules_and_token_rows_go_through_a_run(lab: Lab) -> None:
+    changes = {
+        "model.name_or_path": "llama3", "adapter.rank_pattern": {"down_proj": 2}, "adapter.layers_to_transform": [1],
+        "adapter.modules_to_save": ["lm_head"], "adapter.trainable_token_indices": [5, 6, 7],
+    }  # fmt: skip
+    lab.train(changes).ok()
+    config = json.loads((lab / "run/adapter/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["lm_head"]
+    assert config["trainable_token_indices"] == [5, 6, 7]
+    assert config["rank_pattern"] == {"down_proj": 2}
