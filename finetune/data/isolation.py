@@ -70,7 +70,7 @@ def leak(model: Any, batch: Batch) -> float:
         batch: of the collator that training uses, at least two documents.
     """
     last = int(batch["cu_seq_lens_q"][-2])
-    known = model.get_input_embeddings().num_embeddings
+    known = model.get_input_embeddings().weight.shape[0]
     other = batch["input_ids"].clone()
     other[:, :last] = (other[:, :last] + 1) % known
     with _answering(model):
