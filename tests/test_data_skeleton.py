@@ -168,6 +168,26 @@ def test_pieces_are_the_text_and_begin_with_their_header() -> None:
     assert [piece.turn for row in skeleton.rows for piece in row if piece.header is not None] == [1, 3]
 
 
+@pytest.mark.parametrize("name", ["qwen3_6", "deepseek_r1_distill"])
+def test_answer_that_closes_an_opened_thought_is_encoded_by_itself(name: str) -> None:
+    # The server's prompt ends with a newline and the answer begins with one: both together would be one token.
+    every = made(name)
+    assert every.of(talk("a", "\nb")) is None or name == "qwen3_6", "newlines before the words are not written"
+    found = every.of(talk("a", "b"))
+    assert found is not None
+    answer = next(piece for row in found[0].rows for piece in row if piece.header is not None)
+    assert answer.header == ()
+    assert answer.text(found[1]).startswith("\n</think>\n\nb")
+    judge = tokenizer(name)
+    prompt = judge.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_dict=False
+    )
+    pieces = found[0].rows[0]
+    before = pieces[: pieces.index(answer)]
+    encoded = vocabulary(name).encoder.encode([piece.text(found[1]) for piece in before])
+    assert encoded.ids.tolist() == prompt
+
+
 def test_tokens_that_swallow_blanks_or_meet_their_neighbours_are_no_cuts() -> None:
     plain = vocabulary("qwen3")
     greedy = replace(plain, added=tuple(replace(token, plain=False) for token in plain.added))

@@ -271,7 +271,8 @@ def _thought_out(prompt: str, answer: str, conversation: Conversation, turn: int
     shown = template.render(kept, conversation.tools)
     if shown.startswith(prompt + mark) and words in shown[len(prompt + mark) :]:
         ending = shown[len(prompt + mark) : shown.index(words, len(prompt + mark))]
-    return prompt + thought.strip() + ending + answer.lstrip("\n")
+    content.lstrip("\n")  # asked of the words, too, so that what stands in for them notes it (finetune/data/opaque.py)
+    return prompt + str.__str__(thought.strip()) + ending + answer.lstrip("\n")
 
 
 def _with(conversation: Conversation, index: int, content: str, **fields: str) -> Conversation:

@@ -167,11 +167,28 @@ class Skeletons:
             header = rendering.text[start:border]
             if OPEN in header:
                 return None
-            pieces.append(Piece(_parts(rendering.text[start:end]), tuple(self._encoder.ids(header)), turn))
+            ids = tuple(self._encoder.ids(header))
+            if self._merges(header, ids, rendering.text[border:end]):
+                if len(begins) > 1:
+                    return None
+                pieces.append(Piece(_parts(header)))
+                pieces.append(Piece(_parts(rendering.text[border:end]), (), turn))
+            else:
+                pieces.append(Piece(_parts(rendering.text[start:end]), ids, turn))
             at = end
         if at < len(rendering.text):
             pieces.append(Piece(_parts(rendering.text[at:])))
         return tuple(pieces)
+
+    def _merges(self, header: str, ids: tuple[int, ...], answer: str) -> bool:
+        """Whether the template's own text makes one token of the header's end and the answer's beginning.
+
+        Where a server opens <think> and a newline and the answer closes it at once, two newlines meet. Such an answer
+        is encoded by itself in any chat, as finetune/data/encode.py does.
+        """
+        own = answer.partition(OPEN)[0]
+        end = min((at + len(cut) for cut in self._cuts if (at := own.find(cut)) >= 0), default=0)
+        return end > 0 and tuple(self._encoder.ids(header + own[:end])[: len(ids)]) != ids
 
     def _cut_before(self, text: str, border: int, behind: int) -> int | None:
         """The end of the last control token before `border` that encoding can be cut at."""
