@@ -49,8 +49,8 @@ def tables() -> str:
             _code(one.layers),
             _code(one.moe_blocks),
             _code(one.stop),
-            one.thinking,
-            one.tools,
+            _prose(one.thinking),
+            _prose(one.tools),
             one.tied,
             one.licence,
         )
@@ -71,6 +71,11 @@ def _targets(family: Family, names: Iterable[str]) -> str:
 
 def _code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+def _prose(text: str) -> str:
+    """Text with tags shown rather than taken for HTML."""
+    return text.replace("<", "&lt;")
 
 
 def _stored(family: Family) -> str:

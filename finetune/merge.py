@@ -72,7 +72,7 @@ def run(
     with staged_folder(folder, {"merged_from": {"base": named, "adapter": product.adapter.name}}) as staging:
         report = merged_export.write(
             base, product.adapter, staging, chosen, options.max_shard_size, _card(product, base), product.facts,
-            tokenizer_from,
+            tokenizer_from, model.family,
         )  # fmt: skip
         _say(f"merged   {report['merged_tensors']} tensors, {report['copied_tensors']} copied; "
              f"{report['kept_of_update']:.2%} of the update survives rounding")  # fmt: skip

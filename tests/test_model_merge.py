@@ -322,7 +322,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a changed base, OLoRA": (_config(init_lora_weights="olora"), "adapters with init_lora_weights"),
     "repeated layers": (_config(layer_replication=[[0, 2], [1, 2]]), "adapters with layer_replication"),
     "single tokens": (_config(trainable_token_indices=[1]), "adapters with trainable_token_indices"),
-    "experts": (_config(target_parameters=["x"]), "adapters with target_parameters"),
     "an aLoRA": (_config(alora_invocation_tokens=[1]), "adapters with alora_invocation_tokens"),
     "QA-LoRA": (_config(use_qalora=True), "adapters with use_qalora"),
     "two at once": (_config(bias="all", use_qalora=True), "bias, use_qalora"),
@@ -515,6 +514,56 @@ def test_an_evaluation_between_two_steps_changes_no_quantised_weight(tmp_path: P
     logits_of(wrapped, tokens.tolist())
     assert before.norm() > 0
     assert torch.equal(gradient(), before)
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["experts.gate_up_proj"], ["experts.down_proj"]])
+def test_experts_of_one_kind_alone_are_merged(make: Callable[..., Any], targets: list[str]) -> None:
+    base, adapter = make("moe", target_modules=["q_proj"], target_parameters=targets)
+    output, report = merge(base, adapter)
+    assert report["merged_tensors"] == 2 + 4 * (2 if "gate" in targets[0] else 1)
+    rows = zoo.ids().tolist()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    after = logits_of(AutoModelForCausalLM.from_pretrained(output), rows)
+    assert gap(logits_of(model, rows), after).max_logit < 1e-4
+
+
+def test_an_adapter_that_peft_moved_to_the_experts_is_merged(make: Callable[..., Any]) -> None:
+    base, adapter = make("moe", target_modules=LLAMA)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {r".*\.gate_up_proj": 8}
+    output, _ = merge(base, adapter)
+    rows = zoo.ids().tolist()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    after = logits_of(AutoModelForCausalLM.from_pretrained(output), rows)
+    assert gap(logits_of(model, rows), after).max_logit < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_parameters": ["experts.gate_up_proj_bias"]}, "adapted parameters .gate_up_proj_bias. that are not"),
+        ({"r": 3}, "is no multiple of r = 3"),
+        ({"rank_pattern": {"down_proj": 32}}, "is no multiple of r = 32"),
+    ],
+)
+def test_experts_that_do_not_fit_their_config_are_refused(make: Callable[..., Any], changes: Any, said: str) -> None:
+    base, adapter = make("moe", target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ExportError, match=said):
+        merge(base, adapter)
+
+
+def test_a_base_that_lacks_an_expert_is_refused(make: Callable[..., Any]) -> None:
+    base, adapter = make("moe", target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    tensors = weights(base)
+    del tensors["model.layers.1.mlp.experts.3.down_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"model\.layers\.1\.mlp\.experts\.down_proj: no such tensor in the base"):
+        merge(base, adapter)
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------

@@ -61,3 +61,11 @@ def test_patterns_whole_modules_and_token_rows_go_through_a_run(lab: Lab) -> Non
     assert config["modules_to_save"] == ["lm_head"]
     assert config["trainable_token_indices"] == [5, 6, 7]
     assert config["rank_pattern"] == {"down_proj": 2}
+
+
+def test_a_run_on_experts_is_merged_and_proved(experts: Lab) -> None:
+    experts.train(BASE).ok()
+    facts = experts.warm.run("merge", "run", "--json", cwd=experts.folder).ok().json
+    assert facts["proved"]
+    assert facts["merged_tensors"] == 8 + 3 + 3 * 4  # attention, the dense layer, three tensors for each expert
+    assert facts["proof"]["gap"]["max_logit"] < 1e-4

@@ -35,6 +35,7 @@ def write(
     card: str,
     facts: dict[str, Any],
     tokenizer_from: Path | None,
+    family_name: str = "auto",
 ) -> dict[str, Any]:
     """Write the merged model into an existing, empty folder.
 
@@ -47,6 +48,7 @@ def write(
         card: the model card's text.
         facts: finetune.json of the adapter; empty for an adapter made elsewhere.
         tokenizer_from: a folder whose tokenizer files replace the base's; None keeps the base's.
+        family_name: model.family of the recipe.
 
     Returns:
         The merge's report as plain data.
@@ -54,6 +56,7 @@ def write(
     Raises:
         ExportError: the base is quantised on disk, or the adapter does not fit.
     """
+    from finetune.families import match
     from finetune.model.generation import state_stops
     from finetune.model.merge import merge_weights
     from finetune.model.requantise import requantiser
@@ -63,7 +66,8 @@ def write(
         raise ExportError(f"{base.name} is stored quantised; merge onto its unquantised weights")
     config, updates = read_adapter(adapter)
     requantise = requantiser(facts.get("quantization") or {})
-    report = merge_weights(base, updates, output, dtype, max_shard_size, requantise)
+    family = match(family_name, base.model_type)
+    report = merge_weights(base, updates, output, dtype, max_shard_size, requantise, family)
     assert base.folder is not None, "a base is fetched before it is merged"
     _copy_files(base.folder, output)
     if tokenizer_from is not None:

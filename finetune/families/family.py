@@ -97,6 +97,7 @@ class Family:
         experts: parameters of three dimensions that hold all routed experts of a layer.
         stored: for each of `experts`, what files call its parts, `*` being the number of the expert, in the order in
             which they stand above each other; empty where files hold it as memory does.
+        transposed: whether `experts` are stored experts x in x out.
         renamed: parts of names as (in memory, in files), where files call a layer otherwise.
         moe_blocks: class names of the blocks with routed experts, which DeepSpeed must gather whole (its ZeRO-3 leaf
             modules): which experts run differs between ranks.
@@ -117,6 +118,7 @@ class Family:
     optional: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    transposed: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     moe_blocks: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ FAMILY = Family(
     mlp=(),
     licence="Apache-2.0.",
     experts=EXPERTS,
+    transposed=True,
     moe_blocks=("GptOssMLP",),
     layers=("GptOssDecoderLayer",),
     stop=("<|return|>", "<|endoftext|>", "<|call|>"),

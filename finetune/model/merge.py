@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.errors import ExportError
+from finetune.families.family import Family
 from finetune.files import write_json
 from finetune.model.folder import INDEX, SINGLE, Base, safetensors_header
+from finetune.model.layout import on_disk
 from finetune.model.requantise import Requantiser
 from finetune.model.update import Update
 
@@ -64,6 +66,7 @@ def merge_weights(
     dtype: str,
     max_shard_size: str,
     requantise: Requantiser,
+    family: Family | None = None,
 ) -> MergeReport:
     """Write the merged weights into `output`, with an index when there are several files.
 
@@ -74,11 +77,13 @@ def merge_weights(
         dtype: "auto" keeps each tensor's own, else the name of a torch dtype for all floating-point tensors.
         max_shard_size: as "5GB".
         requantise: from `requantiser`.
+        family: the base's family, which knows what files call its experts; None when no file knows it.
 
     Raises:
         ExportError: an adapter weight finds no tensor, or one of another shape, or its sum overflows.
     """
     where = {name: (path, entry) for path in base.weights for name, entry in safetensors_header(path).items()}
+    updates = on_disk(updates, where.keys(), family)
     _refuse_left_over(updates, requantise, where)
     target = None if dtype == "auto" else getattr(torch, dtype)
     shards = _plan_shards({name: _size(entry, target) for name, (_, entry) in where.items()}, max_shard_size)
@@ -107,9 +112,10 @@ def _refuse_left_over(
         if name not in where:
             faults.append(f"  {name}: no such tensor in the base")
             continue
-        shape = (update.b.shape[0], update.a.shape[1])
+        out, into = update.b.shape[-2], update.a.shape[-1]
+        shape = (*update.a.shape[:-2], *((into, out) if update.transposed else (out, into)))
         stored = tuple(where[name][1]["shape"])
-        if stored != (shape[::-1] if update.transposed else shape):
+        if stored != shape:
             faults.append(f"  {name}: {stored} in the base, {shape} in the adapter")
         if where[name][1]["dtype"] not in _FLOATS:
             faults.append(f"  {name}: stored as {where[name][1]['dtype']}; dequantise the base first")
