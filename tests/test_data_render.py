@@ -286,6 +286,13 @@ def test_tags_in_a_question_do_not_move_the_border(aside: str) -> None:
     assert trained(rows, by.tokenizer) == ["\n</think>\n\nA tag.<|im_end|>"]
 
 
+def test_tag_in_an_earlier_answer_is_no_thought_that_the_server_opens() -> None:
+    jinja = TURN.replace("m.content", "('<think></think>' if loop.last and m.role == 'assistant' else '') + m.content")
+    by = talker("chatml", asking("", jinja))
+    rows = rows_of(talk("Hi", "A <think> tag.", "Again.", roles=("user", "assistant", "assistant")), by)
+    assert trained(rows, by.tokenizer)[-1] == "<think></think>Again.<|im_end|>"
+
+
 def test_two_answers_in_a_row_keep_what_was_served_before_the_second() -> None:
     # Qwen3 shows reasoning in a last answer only, so the first one looks otherwise once the second follows.
     jinja = TURN.replace("m.content", "('<think></think>' if loop.last and m.role == 'assistant' else '') + m.content")

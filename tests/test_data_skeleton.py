@@ -155,6 +155,12 @@ def test_blank_texts_do_not_share_rows_that_differ_by_a_text() -> None:
     assert every.of(talk("a", "b", "c", "d", reasoning_content="\n")) is None
 
 
+def test_answer_that_begins_as_the_servers_prompt_ends_is_rendered_for_itself() -> None:
+    every = made("deepseek_r1_distill")
+    assert every.of(talk("a", "b", "c", "d", reasoning_content="e")) is not None
+    assert every.of(talk("a", "<think>\nb", "c", "d", reasoning_content="e")) is None
+
+
 def test_pieces_are_the_text_and_begin_with_their_header() -> None:
     every = made("qwen3")
     found = every.of(talk("a", "b", "c", "d"))

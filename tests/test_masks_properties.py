@@ -135,10 +135,19 @@ class Judge:
         asked = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
         return list(self._apply(turn, **asked))
 
+    def finished(self, turn: int) -> str:
+        """The chat through a turn."""
+        return str(self._apply(turn + 1, tokenize=False))
+
+    def opens(self, turn: int) -> bool:
+        """Whether the server opens a thought for the turn."""
+        asked = self._apply(turn, add_generation_prompt=True, tokenize=False)
+        return asked.rstrip().endswith("<think>")
+
     def written(self, turn: int) -> str | None:
         """The turn as the template writes it behind its prompt; None when the finished chat does not begin with it."""
         prompt = self._apply(turn, add_generation_prompt=True, tokenize=False)
-        through = self._apply(turn + 1, tokenize=False)
+        through = self.finished(turn)
         return through[len(prompt) :] if through.startswith(prompt) else None
 
 
@@ -188,7 +197,10 @@ def _check_span(name: str, judge: Judge, turn: int, ids: list[int], start: int, 
     written = judge.written(turn)
     if written is None:
         shown = judge.conversation.messages[turn]["content"].rpartition("</think>")[2].strip()
-        assert judge.marked or shown in judged.decode(ids[start:end])  # Gemma 4 takes <|channel> for reasoning
+        words = judged.decode(ids[start : end - 1])
+        assert judge.marked or shown in words  # Gemma 4 takes <|channel> for reasoning
+        if not judge.opens(turn):
+            assert judge.marked or words in judge.finished(turn), "nothing is trained that the template does not write"
         return False
     stop = judged.decode([ids[end - 1]])
     words = judged.decode(ids[start : end - 1])

@@ -205,17 +205,22 @@ def _joined(prompt: str, through: str, conversation: Conversation, turn: int, te
     Where the answer begins is found with two answers that share no first character: their renderings agree exactly up
     to it.
     """
+    messages = conversation.messages
     probes = [
         template.render(_with(conversation, turn, mark).messages[: turn + 1], conversation.tools) for mark in MARKS
     ]
     header = _shared_start(*probes)
     added = prompt[len(_shared_start(prompt, header)) :]
+    if added.strip():  # an answer that begins as the prompt ends is none of these cases: asked of the stand-ins
+        for name in ("content", *REASONING):
+            messages[turn].get(name, "").strip().startswith(added.strip())
+    before = template.render(messages[:turn], conversation.tools)
     if through.startswith(header):
         if prompt.startswith(header) and _open_tags(added) == []:
             return prompt + through[len(header) :]
-        if _open_tags(prompt[len(_shared_line(prompt, header)) :]) == ["think"]:
+        if _opens_thought(prompt, before) and header.startswith(before):
             return _thought_out(prompt, through[len(header) :], conversation, turn, template)
-    start = _after_generation_prompt(prompt, through, conversation, turn, template)
+    start = _after_generation_prompt(prompt, before, through, conversation, turn, template)
     if start is not None:
         return prompt + through[start:]
     found = f"a turn that the {template.name} asks for with {shorten(added)}, which it does not write when finished"
@@ -228,14 +233,13 @@ def _joined(prompt: str, through: str, conversation: Conversation, turn: int, te
 
 
 def _after_generation_prompt(
-    prompt: str, through: str, conversation: Conversation, turn: int, template: ChatTemplate
+    prompt: str, before: str, through: str, conversation: Conversation, turn: int, template: ChatTemplate
 ) -> int | None:
     """Where the finished turn goes on after its generation prompt, when what differs lies before it.
 
     A template may write an earlier turn otherwise once another one follows (Qwen3 shows reasoning in a last answer
     only), so the finished chat does not begin with what was served, although the turn itself does.
     """
-    before = template.render(conversation.messages[:turn], conversation.tools)
     asked = prompt[len(before) :]
     if not asked or not prompt.startswith(before):
         return None
@@ -247,11 +251,9 @@ def _after_generation_prompt(
     return start if at >= 0 and not any(stop in header[start:] for stop in template.stops) else None
 
 
-def _shared_line(one: str, other: str) -> str:
-    """What both texts begin with, without a <think> at its end, which one of them may close at once."""
-    shared = _shared_start(one, other)
-    cut = shared.rfind("<think")
-    return shared[:cut] if cut >= 0 and "<think>".startswith(shared[cut:]) else shared
+def _opens_thought(prompt: str, before: str) -> bool:
+    """Whether the generation prompt, and not some message before it, opens a thought."""
+    return prompt.startswith(before) and _open_tags(prompt[len(before) :]) == ["think"]
 
 
 def _thought_out(prompt: str, answer: str, conversation: Conversation, turn: int, template: ChatTemplate) -> str:
