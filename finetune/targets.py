@@ -83,5 +83,6 @@ def _covered(model: Any, recipe: Any, family: Any) -> tuple[Coverage, str]:
     if recipe.adapter.method == "none":
         return measure(found, model), ""
     targets = resolve_targets(model, recipe.adapter, family)
-    wrapped = attach(model, recipe.adapter, targets, recipe.model.name_or_path, on_meta=True)
+    quantized = recipe.model.quantization != "none"
+    wrapped = attach(model, recipe.adapter, targets, recipe.model.name_or_path, on_meta=True, quantized=quantized)
     return measure(found, wrapped), targets.assumed

@@ -80,3 +80,13 @@ def test_a_folder_without_a_config_is_named(cli: Any, recipe: Any, tmp_path: Pat
     name = recipe("qwen3")
     (tmp_path / "base/config.json").unlink()
     assert "config.json is missing" in cli("targets", name).stderr
+
+
+def test_layers_that_cannot_be_adapted_once_quantised_are_refused_beforehand(cli: Any, recipe: Any) -> None:
+    name = recipe("glm4_moe")
+    done = cli("targets", name, "model.quantization=nf4")
+    assert done.returncode == 5
+    assert "write target_modules: [attention, experts], or model.quantization: none" in done.stderr
+    targets = "adapter.target_modules=[attention, experts]"
+    facts = cli("targets", name, "model.quantization=nf4", targets, "--json").ok().json
+    assert {block["kind"] for block in facts["blocks"] if block["trainable"]} == {"attention", "experts"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,33 @@ def test_families_are_found_under_their_own_names() -> None:
         assert bool(family.experts) == bool(family.moe_blocks), family.name
         assert set(family.stored) <= set(family.experts), family.name
         assert set(family.optional) <= set(family.targets), family.name
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "told"),
+    [
+        ("llama", "llama3_1", ["<|eot_id|>"]),
+        ("qwen2", "qwen2_5", ["<|im_end|>", "<tool_call>"]),
+        ("qwen3", "qwen3", ["<|im_end|>", "<tool_call>", "<think>", "reasoning_content"]),
+        ("qwen3_moe", "qwen3", ["<|im_end|>", "<tool_call>", "<think>", "reasoning_content"]),
+        ("qwen3_5", "qwen3_5_think", ["<|im_end|>", "<tool_call>", "<function=", "<parameter=", "<think>"]),
+        ("deepseek_v3", "deepseekv3", ["<｜end▁of▁sentence｜>", "<｜tool▁calls▁begin｜>", "<think>"]),
+        ("glm4_moe", "glm4moe", ["<|user|>", "<tool_call>", "<arg_key>", "<think>", "reasoning_content"]),
+        ("gpt_oss", "gptoss", ["<|return|>", "<|call|>", "analysis", "commentary"]),
+        ("gemma", "gemma3", ["<end_of_turn>"]),
+        ("phi3", "phi3", ["<|end|>"]),
+    ],
+)
+def test_what_is_told_of_stop_tokens_and_tools_stands_in_the_template(
+    name: str, template: str, told: list[str]
+) -> None:
+    family: Family = resolve("family", name, FAMILIES)
+    source = resources.files("trl").joinpath(f"chat_templates/{template}.jinja").read_text(encoding="utf-8")
+    facts = f"{family.stop} {family.thinking} {family.tools}"
+    assert family.stop[0] == told[0]
+    for word in told:
+        assert word in facts
+        assert word in source
 
 
 @EVERY

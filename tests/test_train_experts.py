@@ -69,3 +69,14 @@ def test_a_run_on_experts_is_merged_and_proved(experts: Lab) -> None:
     assert facts["proved"]
     assert facts["merged_tensors"] == 8 + 3 + 3 * 4  # attention, the dense layer, three tensors for each expert
     assert facts["proof"]["gap"]["max_logit"] < 1e-4
+
+
+def test_experts_are_trained_beside_a_quantised_attention(experts: Lab) -> None:
+    changes = {**BASE, "model.quantization": "nf4"}
+    refused = experts.train(changes)
+    assert refused.returncode == 5
+    assert "write target_modules: [attention, experts]" in refused.stderr
+    experts.train({**changes, "adapter.target_modules": ["attention", "experts"]}).ok()
+    facts = experts.warm.run("merge", "run", "--json", cwd=experts.folder).ok().json
+    assert facts["proved"]
+    assert facts["merged_tensors"] == 8 + 3 * 4

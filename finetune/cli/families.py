@@ -28,5 +28,6 @@ def families(
     for column in ("family", "model_type in config.json", "adapted by target_modules: auto", "licence"):
         table.add_column(column, overflow="fold")
     for family in known:
-        table.add_row(family.name, ", ".join(family.model_types), ", ".join(family.targets), family.licence)
+        adapted = ", ".join(family.targets + family.experts)
+        table.add_row(family.name, ", ".join(family.model_types), adapted, family.licence)
     Console().print(table)

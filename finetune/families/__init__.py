@@ -29,6 +29,7 @@ FAMILIES = {
     "mistral": "finetune.families.mistral:FAMILY",
     "mixtral": "finetune.families.mixtral:FAMILY",
     "gemma": "finetune.families.gemma:FAMILY",
+    "phi": "finetune.families.phi:FAMILY",
     "phi3": "finetune.families.phi3:FAMILY",
     "kimi_linear": "finetune.families.kimi_linear:FAMILY",
     "minimax_m2": "finetune.families.minimax_m2:FAMILY",

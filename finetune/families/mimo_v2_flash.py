@@ -12,8 +12,5 @@ FAMILY = Family(
     stored=PER_EXPERT,
     moe_blocks=("MiMoV2FlashMoE",),
     layers=("MiMoV2FlashDecoderLayer",),
-    stop=("<|im_end|>", "<|endoftext|>"),
-    thinking="<think> in the answer, or reasoning_content; the template drops it from earlier turns.",
-    tools="<tool_call> with JSON of name and arguments.",
     twin=TWIN_DEEPSEEK,
 )

@@ -33,6 +33,7 @@ def attach(
     base_name: str,
     revision: str | None = None,
     on_meta: bool = False,
+    quantized: bool = False,
 ) -> PeftModel:
     """Wrap the base with a fresh adapter on exactly `targets`; adapter weights are float32.
 
@@ -45,6 +46,7 @@ def attach(
         base_name: what adapter_config.json calls the base.
         revision: the base's revision on the hub.
         on_meta: make adapter weights without memory, for a model on the meta device.
+        quantized: take the linear layers for quantised ones, as they will be once a model on the meta device is loaded.
 
     Raises:
         ModelError: PEFT adapted other layers than those named, or the options do not go together on this model.
@@ -52,7 +54,7 @@ def attach(
     transposed = _is_transposed(model, targets)
     moved = _moved(model, targets)
     parameters = _short_parameters(model, (*(f"{name}.weight" for name in moved), *targets.parameters))
-    _refuse_on_parameters(model, options, moved, targets.parameters)
+    _refuse_on_parameters(model, options, moved, targets.parameters, quantized)
     for key, patterns in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
         check_patterns(targets, key, patterns)
     config = LoraConfig(
@@ -117,7 +119,7 @@ def _moved(model: PreTrainedModel, targets: Targets) -> tuple[str, ...]:
 
 
 def _refuse_on_parameters(
-    model: PreTrainedModel, options: AdapterOptions, moved: tuple[str, ...], fused: tuple[str, ...]
+    model: PreTrainedModel, options: AdapterOptions, moved: tuple[str, ...], fused: tuple[str, ...], quantized: bool
 ) -> None:
     """What PEFT cannot do where it adapts a parameter instead of a layer."""
     if not moved and not fused:
@@ -128,11 +130,12 @@ def _refuse_on_parameters(
         raise ModelError(f"adapter.lora_dropout: {why}, which has no dropout; write lora_dropout: 0")
     if options.method == "dora":
         raise ModelError(f"adapter.method: {why}, which DoRA cannot do; write method: lora, or name other layers")
-    quantized = [name for name in moved if not model.get_submodule(name).weight.is_floating_point()]
-    if quantized:
+    packed = [name for name in moved if quantized or not model.get_submodule(name).weight.is_floating_point()]
+    if packed:
         raise ModelError(
-            f"adapter.target_modules: {why}, which cannot be done to quantised weights ({len(quantized)} layers); "
-            "leave those layers out, or write model.quantization: none"
+            f"adapter.target_modules: PEFT takes {packed[0]} and {len(packed) - 1} more layers for routed experts "
+            "because of their names, and could adapt them only as parameters, which quantised weights are not; write "
+            "target_modules: [attention, experts], or model.quantization: none"
         )
 
 
