@@ -265,6 +265,22 @@ def test_answer_ends_at_the_first_of_several_stop_tokens() -> None:
     assert rendered[0].text.endswith("Hello<|im_end|>")
 
 
+def test_words_between_two_answers_stay_context_as_rendered(talkers: dict[str, Talker]) -> None:
+    for name in NAMES:
+        by = talkers[name]
+        words = ("Hi", "Hello", "Rain?", "Not trained.", "And now?", "Sun.")
+        chat = replace(talk(*words), context=frozenset({3}))
+        served, shown = (
+            encode(render(chat, by.template, Masking(history=history)), by.template, by.vocabulary.encoder)
+            for history in ("expand", "as_rendered")
+        )
+        assert [token.trained[-1] for group in served for token in group][-1] == shown[0][-1].trained[-1]
+        told = [piece for row in shown[0] for piece in trained([row], by.tokenizer)]
+        assert [piece.removeprefix("<think>\n\n</think>\n\n") for piece in told] == [
+            f"Hello{by.stops[0]}", f"Sun.{by.stops[0]}",
+        ]  # fmt: skip
+
+
 def test_reasoning_of_a_turn_ended_by_the_next_role_token_is_trained() -> None:
     # As GLM-4.5 does: one message more, and the reasoning before it is dropped.
     jinja = (

@@ -411,6 +411,8 @@ def _as_rendered(
         before = template.render(conversation.messages[:turn], conversation.tools)
         asked = template.render(conversation.messages[:turn], conversation.tools, asking=True)
         # The generation prompt stands between the words before and the answer's own, or the answer begins at its words.
+        # An answer that is context stands behind the same prompt, so the search begins after what comes before this one.
+        behind = max(behind, _end_before(conversation, turn, again, text))
         at = text.find(asked[len(before) :], behind, place[0]) if asked.startswith(before) and asked != before else -1
         start = at + len(asked) - len(before) if at >= 0 else place[0]
         end = place[1]
@@ -433,6 +435,12 @@ def _as_rendered(
         spans.append(Span(start, end, turn))
         behind = place[1]
     return _Row(text, tuple(spans), again, last)
+
+
+def _end_before(conversation: Conversation, turn: int, again: Callable[[Conversation], str], text: str) -> int:
+    """Where the words of the messages before `turn` end; 0 where none of them are in the text."""
+    places = (_place(conversation, index, again, text) for index in reversed(range(turn)))
+    return next((place[1] for place in places if place), 0)
 
 
 def _begin(conversation: Conversation, index: int, again: Callable[[Conversation], str], text: str) -> int:
