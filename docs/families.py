@@ -37,8 +37,8 @@ def tables() -> str:
     lines += [
         "`layers` are what FSDP wraps, `blocks of experts` what DeepSpeed must gather whole (its ZeRO-3 leaf modules).",
         "Stop tokens, reasoning, tools and licences are told for a first look, and nothing is computed from them: what",
-        "a run stops at is read from the base itself, and a base's own licence binds. A test holds those of Llama, Qwen,",
-        "DeepSeek, GLM-4.5, gpt-oss, Gemma and Phi-3 against the templates that TRL ships.",
+        "a run stops at is read from the base itself, and a base's own licence binds. A test holds those of Llama,",
+        "Qwen, DeepSeek, GLM-4.5, gpt-oss, Gemma and Phi-3 against the templates that TRL ships.",
         "",
         "| family | experts in files | layers | blocks of experts | stop tokens | reasoning | tools | tied | licence |",
         "|---|---|---|---|---|---|---|---|---|",

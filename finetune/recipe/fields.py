@@ -128,6 +128,16 @@ def _one_of(choices: list[str]) -> str:
     return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
 
 
+def _items(item: Any) -> str:
+    """What stands in a list, in words."""
+    if typing.get_origin(item) is Literal:
+        return ", ".join(str(choice) for choice in typing.get_args(item))
+    kinds = {item, *typing.get_args(item)}
+    if int in kinds:
+        return "whole numbers and ranges" if str in kinds else "whole numbers"
+    return "texts"
+
+
 def _alternative(part: Any, metadata: list[Any]) -> tuple[str, str, list[str]]:
     """Kind, words and choices of one alternative of a type."""
     if typing.get_origin(part) is typing.Annotated:
@@ -138,7 +148,7 @@ def _alternative(part: Any, metadata: list[Any]) -> tuple[str, str, list[str]]:
     if source_type(part) is not None:
         return "sources", "a path, or a list of sources", []
     if typing.get_origin(part) is tuple:
-        return "texts", "a list of texts", []
+        return "texts", f"a list of {_items(typing.get_args(part)[0])}", []
     if typing.get_origin(part) is dict:
         return "mapping", "a mapping of names to values", []
     if part is types.NoneType:
