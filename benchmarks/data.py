@@ -31,6 +31,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,9 @@ def cpu() -> float:
 
 
 def peak() -> float:
-    """MiB of the largest resident set so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB of the largest resident set so far, of this process or of one it waited for."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
 
 
 def trl(rows: Path, tokenizer_folder: Path, work: Path) -> dict[str, Any]:
@@ -88,15 +91,24 @@ def trl(rows: Path, tokenizer_folder: Path, work: Path) -> dict[str, Any]:
     return {"cpu": spent, "tokens": tokens, "bins": len(packed), "memory": peak(), "masks": len(masks)}
 
 
+def loaded(folder: Path) -> Any:
+    """The vocabulary, by a process without torch."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    from transformers import AutoTokenizer
+
+    from finetune.data.tokenizer import Vocabulary
+
+    return Vocabulary.of(AutoTokenizer.from_pretrained(folder))
+
+
 def _settings(tokenizer_folder: Path, rows: Path, cache: Any, fast: bool) -> Any:
     from finetune.data.engine import Settings
     from finetune.data.vocabulary import load
     from finetune.recipe.sections import DataOptions
 
     def make() -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(tokenizer_folder)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # as `finetune data prepare` does
+            return pool.submit(loaded, tokenizer_folder).result()
 
     options = DataOptions.model_validate(
         {"train": str(rows), "max_length": MAX_LENGTH, "on_long_row": "truncate", "packing": True, "num_proc": 1}

@@ -11,17 +11,20 @@ No model is loaded and torch plays no part, but for the first look at a tokenize
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.errors import DataError, RecipeError, RefusedError
 from finetune.recipe.load import load_recipe
-from finetune.recipe.sections import Recipe, Source
+from finetune.recipe.sections import ModelOptions, Recipe, Source
 
 if TYPE_CHECKING:
     from finetune.data.audit import Audit
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from finetune.data.gather import Prepared
     from finetune.data.prepare import PreparedSource
     from finetune.data.preview import PreviewedRow
+    from finetune.data.tokenizer import Vocabulary
+    from finetune.model.folder import Base
 
 Say = Callable[[str], None]
 FIRST = 3  # raw rows that a preview shows unless told otherwise
@@ -68,13 +73,34 @@ def _settings(recipe: Recipe) -> Iterator[tuple[Settings, Cache]]:
     assert folder is not None, "a fetched base has a folder"
 
     def tokenizer() -> Any:
-        from finetune.model.load import load_tokenizer
-
-        return load_tokenizer(recipe.model, base)
+        return _tokenizer(recipe.model, base)
 
     with Cache(recipe.data.cache_dir) as cache:
         vocabulary = load(folder, cache, tokenizer)
         yield Settings(vocabulary, base.stop_ids(vocabulary.eos_id), recipe.data), cache
+
+
+def _tokenizer(options: ModelOptions, base: Base) -> Any:
+    """The base's vocabulary, loaded by a process that has no torch; loaded here where it is Python code."""
+    if not options.trust_remote_code:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found = pool.submit(_without_torch, options, base).result()
+        if found is not None:
+            return found
+    from finetune.model.tokenizer import load_tokenizer
+
+    return load_tokenizer(options, base)
+
+
+def _without_torch(options: ModelOptions, base: Base) -> Vocabulary | None:
+    """Runs in a process of its own. None where the tokenizer is Python code, which no other process can be given."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    from finetune.data.tokenizer import Vocabulary
+    from finetune.model.tokenizer import load_tokenizer
+
+    found = Vocabulary.of(load_tokenizer(options, base))
+    return found if found.python is None else None
 
 
 # -- prepare -----------------------------------------------------------------------------------------------------------

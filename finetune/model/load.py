@@ -6,21 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from finetune.compat import keep_4bit_unpacked
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.model.attention import EAGER_UP_TO
 from finetune.model.folder import Base
+from finetune.model.tokenizer import NOT_LOADABLE, load_tokenizer, not_loaded
 from finetune.recipe.sections import ModelOptions
 
-# What transformers raises on a folder it cannot make a model of. RuntimeError is not among them: it may be memory.
-_NOT_LOADABLE = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError, StrictDataclassError
-)  # fmt: skip
+__all__ = ["load_tokenizer"]  # stands beside the base that it belongs to
 
 
 @dataclass(frozen=True)
@@ -88,31 +84,6 @@ def attention(options: ModelOptions, device: str, longest: int) -> Attention:
     return Attention("eager" if longest <= EAGER_UP_TO else "sdpa", "eager")
 
 
-def load_tokenizer(options: ModelOptions, base: Base) -> Tokenizer:
-    """The tokenizer of a fetched base.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    assert base.folder is not None, "a base is fetched before it is loaded"
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=options.trust_remote_code)
-    except _NOT_LOADABLE as error:
-        raise _not_loaded(options, "tokenizer", error) from error
-    if tokenizer.pad_token_id is None:
-        # Only padding positions carry it, and those are masked by position, never by this id.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
-def _not_loaded(options: ModelOptions, part: str, error: Exception) -> ModelError:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return ModelError(
-        f"model.name_or_path: cannot load the {part} of {options.name_or_path} ({reason}); check that it is a causal "
-        "language model that the installed transformers knows, and that the folder holds all of it"
-    )
-
-
 def _quantization(options: ModelOptions, compute: str) -> BitsAndBytesConfig | None:
     if options.quantization == "none":
         return None
@@ -163,13 +134,13 @@ def load_base(
         arguments["device_map"] = {"": device if device is not None else "cpu"}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(base.folder, **arguments)
-    except _NOT_LOADABLE as error:
+    except NOT_LOADABLE as error:
         if isinstance(error, ImportError) and "flash" in str(error).lower():
             raise EnvironmentFault(
                 f"model.attn_implementation: {attn_implementation} needs a package that is not installed, or a GPU "
                 f"({str(error).splitlines()[0]}); install it, or write auto"
             ) from error
-        raise _not_loaded(options, "model", error) from error
+        raise not_loaded(options, "model", error) from error
     _refuse_missing(options.name_or_path, report)
     keep_4bit_unpacked(model)
     if quantization is None and device is not None:
