@@ -407,6 +407,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         cache.file_hashes([path])
 
 
+def test_hashes_that_cannot_be_remembered_are_made_each_time(
+    cache: Cache, tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = source_file(tmp_path, "x")
+    for place, name in ((Path, "mkdir"), (files.tempfile, "mkstemp")):
+        with failing(monkeypatch, place, name, errno.EROFS):
+            found = cache.file_hashes([path])
+            assert found == [files.sha256(path)]
+    assert len(hashed) == 2
+
+
 def test_a_file_that_is_not_there_is_named(cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read"):
         cache.file_hashes([tmp_path / "absent.jsonl"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from finetune.data import prepare as module
 from finetune.data.cache import Cache
 from finetune.data.engine import Settings
 from finetune.data.gather import Prepared, gather
@@ -105,6 +107,37 @@ def test_long_rows_are_refused_with_count_longest_and_places(tokenizer: PreTrain
     assert len(message) == 12
     assert message[1].startswith("  a.jsonl:3: ")
     assert message[11] == "  … and 2 more"
+
+
+def test_the_longest_row_is_shown_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    write("a.jsonl", [row("q", "x" * 100), *rows(2)])
+    with pytest.raises(DataError) as caught:
+        run(tokenizer, "a.jsonl", max_length=60)
+    head, *places = str(caught.value).splitlines()
+    assert head.startswith("1 row is longer than")
+    assert len(places) == 1
+    assert places[0].startswith("  a.jsonl:1: ")
+
+
+def test_file_that_changes_while_it_is_prepared_leaves_nothing_under_its_older_content(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("a.jsonl", rows(3))
+    first = numbers(run(tokenizer, "a.jsonl"))
+    shutil.rmtree("cache")
+    attempt = module._attempt
+
+    def grows(*words: Any) -> Any:
+        with open("a.jsonl", "a") as stream:
+            stream.write(json.dumps(row("late", "come")) + "\n")
+        return attempt(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_attempt", grows)
+        with pytest.raises(DataError, match=r"a\.jsonl: a file changes while it is read; run again once it is written"):
+            run(tokenizer, "a.jsonl")
+    write("a.jsonl", rows(3))
+    assert numbers(run(tokenizer, "a.jsonl")) == first
 
 
 def test_truncation_keeps_the_start_and_drops_rows_without_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -91,6 +91,16 @@ def test_places_are_the_lines_where_rows_begin() -> None:
     assert [row.place for row in rows(write("a.csv", 'a,b\n"x\ny",1\nz,2\n'))] == ["a.csv:2", "a.csv:4"]
 
 
+def test_rows_that_begin_on_one_line_have_places_of_their_own() -> None:
+    text = json.dumps([GOOD, GOOD, {}, GOOD])
+    write("a.json", text)
+    told = list(read(Source(path="a.json")))
+    assert [item.place for item in told] == ["a.json:1", "a.json:1 row 2", "a.json:1 row 3", "a.json:1 row 4"]
+    assert str(told[2]).startswith("a.json:1 row 3: found an empty object")
+    write("b.json", text.replace("{}", "{},\n").replace(", ,", ", "))
+    assert [item.place for item in read(Source(path="b.json"))][2:] == ["b.json:1 row 3", "b.json:2"]
+
+
 def test_only_newlines_end_a_line() -> None:
     assert [row.values for row in rows(write("a.jsonl", '{"text": "a\u2028b\x85c"}\n'))] == [{"text": "a\u2028b\x85c"}]
 

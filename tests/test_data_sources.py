@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import zstandard
 
 from finetune.data.examples import examples
 from finetune.data.read import Row, read
-from finetune.data.source import HubDataset, LocalFiles, locate
+from finetune.data.source import SUFFIXES, HubDataset, LocalFiles, locate
 from finetune.formats.example import Conversation, Fault, PromptCompletion, Text
 from finetune.recipe.sections import Source
 
@@ -133,6 +134,53 @@ def test_folder_without_data_is_a_fault() -> None:
     Path("rows").mkdir()
     Path("rows/README.md").write_text("x")
     assert fault("rows").startswith("rows: found a folder with 1 file, none of them a data file; expected a data file")
+
+
+def test_what_is_no_file_is_named_and_never_waited_for() -> None:
+    os.mkfifo("a.jsonl")
+    assert fault("a.jsonl") == (
+        "a.jsonl: found a pipe or a device; expected a file, which can be read more than once; write what comes from "
+        "it to a file first"
+    )
+    Path("folder").mkdir()
+    os.mkfifo("folder/b.jsonl")
+    assert fault("folder").startswith("folder/b.jsonl: found a pipe or a device")
+
+
+def test_link_to_nothing_is_told_as_that() -> None:
+    Path("a.jsonl").symlink_to("gone.jsonl")
+    Path("b.jsonl").write_text(json_lines(ROWS))
+    assert fault("a.jsonl") == (
+        f"a.jsonl: found a link to gone.jsonl, which does not exist; expected a data file ({SUFFIXES}); did you mean "
+        "b.jsonl?"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl"])
+def test_git_lfs_pointers_are_told_as_that(name: str) -> None:
+    Path(name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    assert fault(name) == f"{name}: found a git-lfs pointer; expected the file itself; run git lfs pull"
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", ",")])
+@pytest.mark.parametrize("cell", ["plain", '"quoted"'])
+def test_another_separator_is_told_as_that(name: str, mark: str, cell: str) -> None:
+    Path(name).write_text(f"prompt{mark}completion\n{cell}{mark}{cell}\n")
+    wanted = "commas" if name == "a.csv" else "tabs"
+    assert fault(name) == (
+        f"{name}:1: found a header with {mark!r} between its names; expected {wanted}; save the file with {wanted} "
+        "between its cells"
+    )
+
+
+def test_files_of_several_formats_are_to_be_sources_of_their_own() -> None:
+    Path("folder").mkdir()
+    Path("folder/a.jsonl").write_text(json_lines([{"text": "x"}]))
+    Path("folder/b.jsonl").write_text(json_lines([{"prompt": "x", "completion": "y"}]))
+    assert fault("folder").endswith(
+        "they fit prompt_completion (folder/b.jsonl:1) and text (folder/a.jsonl:1): make the rows of each format a "
+        "source of their own"
+    )
 
 
 def test_folder_that_mixes_training_and_held_out_files_is_refused() -> None:

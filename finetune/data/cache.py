@@ -219,7 +219,8 @@ class Cache:
             if time.time() - max(state[2], state[3]) / 1e9 > SETTLED_SECONDS:
                 new[name] = [*state, digest]
         if new:
-            self._remember(index, new)
+            with contextlib.suppress(DiskError):  # a cache that may only be read: they are made anew each time
+                self._remember(index, new)
         return found
 
     def _remember(self, index: Path, new: dict[str, list[Any]]) -> None:

@@ -180,9 +180,20 @@ def detect(rows: Sequence[Row], name: str) -> Format | Fault:
     found = f"the columns {', '.join(columns)}"
     if best:
         names = [layout.name for layout in best]
+        alone = {layout.name: row.place for row in reversed(rows) if (layout := _only(best, row))}
+        if len(alone) > 1 and len(alone) == len(names):
+            told = " and ".join(f"{one} ({alone[one]})" for one in names)
+            fix = f"they fit {told}: make the rows of each format a source of their own"
+            return Fault("", found, "one format", fix, name)
         return Fault("", found, "one format", f"they fit {' and '.join(names)}: set format to one of them", name)
     known = "; ".join(f"{layout.name}: {', '.join(layout.columns)}" for layout in formats)
     return Fault("", found, f"those of a known format ({known})", _hint(columns, formats), name)
+
+
+def _only(formats: Sequence[Format], row: Row) -> Format | None:
+    """The one of `formats` that a row looks like; None where it is none or several."""
+    like = [layout for layout in formats if layout.recognises(row.values)]
+    return like[0] if len(like) == 1 else None
 
 
 def _hint(columns: list[str], formats: Sequence[Format]) -> str:

@@ -157,7 +157,8 @@ def document(reopen: Callable[[], BinaryIO], name: str) -> Iterator[Placed]:
         name: the file, as places call it.
 
     Yields:
-        The row's 0-based count (its line's, in JSON lines), `name:line` of where it begins, and the row or its fault.
+        The row's 0-based count (its line's, in JSON lines), `name:line` of where it begins (with its count
+        from 1 where another began on that line), and the row or its fault.
     """
     with reopen() as stream:
         head = head_of(stream)
@@ -224,9 +225,11 @@ def _array(window: _Window, *, alone: bool = True) -> Iterator[Found]:
     if window.mark() == "]":
         window.move(window.at + 1)
     else:
-        while True:
+        line = 0  # on which the row before began
+        for number in itertools.count(1):
             mark = window.mark()
-            place = window.place()
+            place = window.place() + (f" row {number}" if window.line == line else "")
+            line = window.line
             try:
                 value = window.value()
             except RefusedJson as error:

@@ -115,13 +115,20 @@ def head_of(stream: BinaryIO) -> bytes:
     return b"".join(parts)
 
 
+def lfs_pointer(head: bytes, name: str) -> Fault | None:
+    """The fault of a file that git-lfs has not fetched, as its first bytes say."""
+    if not head.startswith(LFS):
+        return None
+    return Fault("", "a git-lfs pointer", "the file itself", "run git lfs pull", name)
+
+
 def not_text(head: bytes, name: str) -> Fault | None:
     """The fault of a file whose first bytes are not text of the kind its name says."""
     for magic, what in MAGIC.items():
         if head.startswith(magic):
             return Fault("", what, "text, as the file's name says", "give the file its right suffix", name)
-    if head.startswith(LFS):
-        return Fault("", "a git-lfs pointer", "the file itself", "run git lfs pull", name)
+    if fault := lfs_pointer(head, name):
+        return fault
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Fault("", "UTF-16 text", "UTF-8 text", "save the file as UTF-8", name)
     if b"\0" in head:

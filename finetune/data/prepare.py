@@ -116,16 +116,19 @@ def _source(
         findings.faults.append(where)
         raise _Faulty
     made = False
+    name = source.name or source.path
+    content = _content(where, cache)
 
     def make(folder: Path) -> None:
         nonlocal made
         made = True
-        say(f"preparing {source.name or source.path}")
+        say(f"preparing {name}")
         _write(source, settings, folder, findings, processes)
+        if isinstance(where, LocalFiles) and _content(where, cache) != content:
+            raise DataError(f"{name}: a file changes while it is read; run again once it is written")
 
-    name = source.name or source.path
     entry = cache.get_or_make(
-        _key(source, where, settings, cache), make, lambda: say(f"waiting for another process that prepares {name}")
+        _key(source, content, settings), make, lambda: say(f"waiting for another process that prepares {name}")
     )
     facts = json.loads((entry / REPORT).read_text(encoding="utf-8"))
     report = SourceReport(**{**facts, "name": name, "notes": tuple(facts["notes"])})
@@ -143,13 +146,16 @@ def _told(where: LocalFiles | HubDataset) -> tuple[str, ...]:
     return (f"{len(where.ignored)} other files not read: {some}",) if where.ignored else ()
 
 
-def _key(source: Source, where: LocalFiles | HubDataset, settings: Settings, cache: Cache) -> str:
-    """The name of this source's rows: by content, so that a copied or moved file is found again."""
+def _content(where: LocalFiles | HubDataset, cache: Cache) -> list[Any]:
+    """What the rows are made from, so that a copied or moved file is found again; plain JSON values."""
     if isinstance(where, HubDataset):
-        content: Any = [where.name, where.split, _hub_commit(where)]
-    else:
-        hashes = cache.file_hashes([file.path for file in where.files])
-        content = [[file.kind, file.packing, digest] for file, digest in zip(where.files, hashes, strict=True)]
+        return [where.name, where.split, _hub_commit(where)]
+    hashes = cache.file_hashes([file.path for file in where.files])
+    return [[file.kind, file.packing, digest] for file, digest in zip(where.files, hashes, strict=True)]
+
+
+def _key(source: Source, content: list[Any], settings: Settings) -> str:
+    """The name of this source's rows."""
     options = settings.options
     template = _template_hash(settings)
     return key(
@@ -225,10 +231,16 @@ def _attempt(source: Source, settings: Settings, folder: Path, processes: int | 
             total.faults += chunk.faults
             total.report.add(chunk.report)
             total.long_rows += chunk.long_rows
-            total.long_rows = [*total.long_rows[:SHOWN], *([max(total.long_rows)] if total.long_rows else [])]
+            total.long_rows = _few(total.long_rows)
     if not total.report.rows_read and not total.faults:
         total.faults.append(no_rows(source))
     return total
+
+
+def _few(rows: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The first rows, as many as are shown, and the longest."""
+    shown = rows[:SHOWN]
+    return shown + [longest for longest in sorted(rows)[-1:] if longest not in shown]
 
 
 def _chunks(source: Source, settings: Settings, processes: int | None) -> Iterator[Chunk]:

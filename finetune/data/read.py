@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from finetune.data import hub, tables
 from finetune.data.json_document import document, looks_like_array
 from finetune.data.json_rows import Placed, lines, undecodable
-from finetune.data.opened import MissingPackage, head_of, not_text, open_file
+from finetune.data.opened import LFS, MissingPackage, head_of, lfs_pointer, not_text, open_file
 from finetune.data.source import HubDataset, LocalFile, LocalFiles, locate
 from finetune.formats.example import Fault
 from finetune.recipe.sections import Source
@@ -33,7 +33,8 @@ class Row:
         values: its columns, as the file names them.
         index: 0-based within the source: the line in JSON lines (blank lines counted), else the position; those of a
             source's later files follow those of the earlier ones.
-        place: `file:line` where lines mean something, else `file row N` counted from 1.
+        place: `file:line` where lines mean something, with `row N` where an earlier row began on that line; else
+            `file row N`. Rows are counted from 1.
     """
 
     values: dict[str, Any]
@@ -249,6 +250,10 @@ def _columns(file: LocalFile, piece: Piece) -> Iterator[Placed]:
     except PermissionError:
         raise
     except tables.broken() as error:
+        with open(file.path, "rb") as stream:
+            if fault := lfs_pointer(stream.read(len(LFS)), file.name):
+                yield -1, file.name, fault
+                return
         kind = "Parquet" if file.kind == "parquet" else "Arrow"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         after = f" after row {piece.before + number + 1}" if number >= 0 else ""

@@ -411,7 +411,7 @@ def _as_rendered(
         before = template.render(conversation.messages[:turn], conversation.tools)
         asked = template.render(conversation.messages[:turn], conversation.tools, asking=True)
         # The generation prompt stands between the words before and the answer's own, or the answer begins at its words.
-        # An answer that is context stands behind the same prompt, so the search begins after what comes before this one.
+        # An answer that is context stands behind the same prompt, so the search begins after all words before this one.
         behind = max(behind, _end_before(conversation, turn, again, text))
         at = text.find(asked[len(before) :], behind, place[0]) if asked.startswith(before) and asked != before else -1
         start = at + len(asked) - len(before) if at >= 0 else place[0]

@@ -101,6 +101,8 @@ def locate(source: Source) -> LocalFiles | HubDataset | Fault:
         return Fault("", "a path with a NUL character", "a data file", "correct the path", source.path)
     if folder:
         return _folder(path, source)
+    if exists and not path.is_file():
+        return _no_file(source.path)
     if exists and kind is None:
         found = f"a file with the suffix {path.suffix or 'none'!r}"
         return Fault("", found, SUFFIXES, "rename or convert the file", source.path)
@@ -113,6 +115,12 @@ def locate(source: Source) -> LocalFiles | HubDataset | Fault:
     if meant_local or len(parts) > 2 or (len(parts) > 1 and Path(parts[0]).is_dir()):
         return _missing(path, source)
     return HubDataset(source.path, source.split, source.revision)
+
+
+def _no_file(name: str) -> Fault:
+    """The fault of what can be read once at the most."""
+    expected, fix = "a file, which can be read more than once", "write what comes from it to a file first"
+    return Fault("", "a pipe or a device", expected, fix, name)
 
 
 def _no_split(source: Source, what: str) -> Fault | None:
@@ -193,6 +201,8 @@ def _data_files(paths: Iterable[Path], source: Source, nothing: str, *, parted: 
         kind, packing = kind_of(path)
         if kind is None or path.name in BOOKKEEPING:
             ignored.append(str(path))
+        elif path.exists() and not path.is_file():
+            return _no_file(str(path))
         else:
             files.append(LocalFile(path, kind, packing, str(path)))
     if not files:
@@ -230,7 +240,10 @@ def _missing(path: Path, source: Source) -> Fault:
         names = [file.name for file in path.parent.iterdir()]
     except OSError:
         names = []
-    near = [str(path.parent / name) for name in nearest(path.name, names)]
+    near = [str(path.parent / name) for name in nearest(path.name, [name for name in names if name != path.name])]
     parent = "" if path.parent.is_dir() else f"; the folder {path.parent.absolute()} does not exist either"
     fix = f"did you mean {' or '.join(near)}?" if near else "correct the path"
-    return Fault("", f"no file {path.absolute()}{parent}", f"a data file ({SUFFIXES})", fix, source.path)
+    found = f"no file {path.absolute()}{parent}"
+    if path.is_symlink():
+        found = f"a link to {os.readlink(path)}, which does not exist"
+    return Fault("", found, f"a data file ({SUFFIXES})", fix, source.path)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 ARROW_FILE = b"ARROW1"
+SEPARATORS = (";", "\t", ",", "|")  # of cells, in files that are called .csv or .tsv all the same
 
 
 def separated(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Placed]:
@@ -65,6 +66,10 @@ def _bad_header(header: list[str], place: str, delimiter: str) -> Fault | None:
     fault = _bad_bytes(header, place)
     if fault is not None:
         return fault
+    other = next((mark for mark in SEPARATORS if len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        found, wanted = f"a header with {other!r} between its names", "commas" if delimiter == "," else "tabs"
+        return Fault("", found, wanted, f"save the file with {wanted} between its cells", place)
     if len(set(header)) == len(header) and all(cell.strip() for cell in header):
         return None
     found = f"the header {delimiter.join(header)!r}"
