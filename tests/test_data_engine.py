@@ -177,6 +177,32 @@ def test_reasoning_written_into_the_words_is_told_from_them() -> None:
     assert texts(chunk(inline, "deepseek_r1_distill"), "deepseek_r1_distill") == [R1[:1]]
 
 
+@pytest.mark.parametrize("reasoning", [{}, {"reasoning_content": "I look the weather up."}])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3", '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call><|im_end|>'),
+        ("gptoss", None),
+    ],
+)
+def test_calls_without_words_are_trained_from_behind_their_reasoning(
+    name: str, expected: str | None, reasoning: dict[str, str]
+) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Oslo"}}}
+    talk = Conversation(
+        (
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "content": "", "tool_calls": [call], **reasoning},
+        )
+    )
+    found = chunk(talk, name, loss_on_thinking=False)
+    assert not found.faults
+    ((trained,),) = texts(found, name)
+    assert "I look" not in trained
+    assert "weather" in trained
+    assert trained == expected if expected else trained.endswith("<|call|>")
+
+
 def test_counts_say_what_became_of_the_messages() -> None:
     turns = [{"role": role, "content": "Hi"} for role in ("assistant", "user", "assistant", "user")]
     found = chunk([Conversation(tuple(turns)), CHAT, CHAT], "qwen3", history="last").report

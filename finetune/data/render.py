@@ -373,13 +373,25 @@ def _without_thinking(conversation: Conversation, row: _Row, template: ChatTempl
     """The row with each answer trained from its visible words on."""
     spans = []
     for span in row.spans:
-        message = conversation.messages[span.turn]
-        place = _place(conversation, span.turn, row.again, row.text)
-        start = place[0] if place else span.start
-        if not (message.get("content") or "").strip():  # tool calls alone: what follows the reasoning
-            start = _reasoning_end(conversation, span.turn, row)
+        if (conversation.messages[span.turn].get("content") or "").strip():
+            place = _place(conversation, span.turn, row.again, row.text)
+            start = place[0] if place else span.start
+        else:
+            start = _calls_start(conversation, span, row)
         spans.append(replace(span, start=min(max(span.start, start), span.end)))
     return replace(row, spans=tuple(spans))
+
+
+def _calls_start(conversation: Conversation, span: Span, row: _Row) -> int:
+    """Where the calls of a turn without words begin: where its words would, or else behind its reasoning."""
+    try:
+        place = _place(conversation, span.turn, row.again, row.text)
+    except RowError:  # gpt-oss takes words or reasoning beside calls, not both
+        place = None
+    called = [call["function"]["name"] for call in conversation.messages[span.turn].get("tool_calls") or ()]
+    if place and all(name in row.text[place[0] : span.end] for name in called):  # words might follow calls
+        return place[0]
+    return _reasoning_end(conversation, span.turn, row)
 
 
 def _reasoning_end(conversation: Conversation, turn: int, row: _Row) -> int:
