@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,7 +223,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     cache = Cache(recipe.data.cache_dir)
     assert base.folder is not None, "a fetched base has a folder"
     settings = Settings(load(base.folder, cache, lambda: tokenizer), stop_ids(tokenizer, base), recipe.data)
-    data = _data(recipe, settings, cache, checked.folder, say)
+    data = _with_stops(_data(recipe, settings, cache, checked.folder, say), recipe, settings, base, say)
     for number, line in enumerate(data.lines()):
         say("" if number else "data", line)
     removed, freed = cache.prune_daily() if launched.is_main else (0, 0)
@@ -265,6 +265,27 @@ def _data(recipe: Recipe, settings: Settings, cache: Cache, folder: RunFolder, s
     return stream_feed(
         settings, recipe.audit, cache, training.seed, length, folder.quarantine, lambda line: say("data", line)
     )
+
+
+def _with_stops(data: Feed, recipe: Recipe, settings: Settings, base: Base, say: Say) -> Feed:
+    """The rows with what ends their trained answers, which a server must stop at.
+
+    Raises:
+        DataError: no trained answer ends with a stop token.
+    """
+    from finetune.data.stop import stop_contract
+    from finetune.model.generation import generation_of
+
+    assert base.folder is not None, "a fetched base has a folder"
+    if recipe.data.loss_on == "all":
+        return data
+    blocks = (block for part in data.train.rows.parts for block in part.blocks())
+    generation = generation_of(base.folder)
+    contract = stop_contract(blocks, settings.vocabulary, settings.stop_ids, base.config, generation)
+    contract.refuse()
+    for fault in contract.faults(adapter=recipe.adapter.method != "none"):
+        say("stops", str(fault))
+    return replace(data, stops=contract)
 
 
 def _trainer(
@@ -450,6 +471,7 @@ def _begin(
             "train": data.train.facts(),
             "validation": validation.facts() if validation else None,
             **data.encoding,
+            "stops": data.stops.facts() if data.stops else None,
         },
         "world_size": launched.size,
         "hardware": hardware.facts(),
@@ -518,7 +540,8 @@ def _save(
     if recipe.data.chat_template:
         tokenizer.chat_template = Path(recipe.data.chat_template).expanduser().read_text(encoding="utf-8")
     if not built.targets:
-        return folder.model, weights_export.write(trainer.model, tokenizer, folder.model, text)
+        stops = data.stops.ends if data.stops else ()
+        return folder.model, weights_export.write(trainer.model, tokenizer, folder.model, text, stops)
     quantization = {
         "kind": recipe.model.quantization,
         "compute_dtype": "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32",
@@ -528,6 +551,7 @@ def _save(
     facts = {
         "base": {"name": recipe.model.name_or_path, "sha256": hashes or base_hashes(base.weights, base.folder)},
         "quantization": quantization if built.quantized else None,
+        "stops": data.stops.facts() if data.stops else None,
     }
     with_tokenizer = tokenizer if recipe.data.chat_template else None
     return folder.adapter, adapter_export.write(trainer.model, folder.adapter, text, facts, with_tokenizer)

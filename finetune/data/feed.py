@@ -15,6 +15,7 @@ from finetune.data.gates import refuse_beyond
 from finetune.data.gather import Prepared, gather
 from finetune.data.order import Schedule, TokenRows
 from finetune.data.pack import Units, best_fit, singles, wrapped
+from finetune.data.stop import StopContract
 from finetune.errors import ModelError
 from finetune.recipe.sections import AuditOptions, DataOptions
 
@@ -35,6 +36,7 @@ class Feed:
         seed: of the order.
         cache: holds the files of the rows as long as this lives.
         encoding: hashes of tokenizer and template, for a run's manifest.
+        stops: what ends trained answers; None where data.loss_on is all, which has no answers.
     """
 
     options: DataOptions
@@ -43,6 +45,7 @@ class Feed:
     seed: int
     cache: Cache | None = None
     encoding: dict[str, object] = field(default_factory=dict)
+    stops: StopContract | None = None
 
     @property
     def longest(self) -> int:
