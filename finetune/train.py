@@ -246,7 +246,8 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
             say(topic, line if line else "")
         trainer, stopper = _trainer(loaded, checked, built, data, tokenizer, arguments, attn, launched, say)
         derived = _derived(loaded, built, kept, attn.own, arguments, launched)
-        say("steps", f"{shape}; run folder {checked.folder.root}")
+        units = "sequences" if recipe.data.packing else "rows"
+        say("steps", f"{shape.told(units)}; run folder {checked.folder.root}")
         return _run(loaded, checked, base, data, built, trainer, stopper, derived, hardware, launched, say)
     finally:
         ranks.stop()
@@ -300,7 +301,7 @@ def _trainer(
     say: Say,
 ) -> tuple[Trainer, StopSignal]:
     """The method's trainer with everything that watches a run."""
-    from finetune.data.feed import collator
+    from finetune.data.feed import collator, packed
     from finetune.model.adapt import untrained_modules
     from finetune.model.attention import attention_width, isolate
     from finetune.run.callbacks import AdapterMoves, MetricsFile, Progress, StopSignal
@@ -313,6 +314,7 @@ def _trainer(
     )
     say("note", padded)
     rows, validation = data.schedules(attention_width(built.model), alike=bool(padded))
+    say("packing", packed(rows, loaded.recipe.data))
     stopper = StopSignal()
     watchers: list[Any] = [MetricsFile(checked.folder), Progress(), stopper]
     if built.targets:

@@ -304,6 +304,14 @@ def test_pruning_removes_what_killed_makers_left_but_not_what_is_being_made(cach
     assert [path.name for path in (cache.root / "rows").iterdir()] == [KEY]
 
 
+def test_pruning_by_the_day_ends_no_run(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.get_or_make(KEY, writes("x"))
+    with failing(monkeypatch, Path, "mkdir", errno.EROFS):
+        assert cache.prune_daily() == (0, 0)
+        with pytest.raises(DiskError):
+            cache.prune()
+
+
 def test_pruning_by_the_day_looks_once(cache: Cache) -> None:
     cache.get_or_make(KEY, writes("x"))
     cache.close()

@@ -182,6 +182,25 @@ def test_weight_repeats_rows_and_draws_a_seeded_share(tokenizer: PreTrainedToken
     assert report.lines()[1:] == ["rare: none of its rows is seen in an epoch"]
 
 
+def test_how_much_of_each_source_an_epoch_holds_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    write("a.jsonl", rows(4))
+    write("b.jsonl", rows(8, seed=1))
+    sources = [{"path": "a.jsonl", "name": "a", "weight": 3}, {"path": "b.jsonl", "name": "b", "weight": 1}]
+    told = run(tokenizer, *sources, weight_by="rows", stopping_strategy="all_exhausted").report.lines()
+    assert "a: 24 rows in an epoch, which is 6.00 times its 4" in told
+    assert not any(line.startswith("b: ") for line in told), "each of its rows once needs no word"
+    told = run(tokenizer, {"path": "b.jsonl", "name": "b", "weight": 0.5}).report.lines()
+    assert "b: 4 rows in an epoch, which is 0.50 times its 8" in told
+
+
+def test_rows_held_out_were_not_read_again(tokenizer: PreTrainedTokenizerBase) -> None:
+    write("a.jsonl", rows(40))
+    train, held = both(tokenizer, "a.jsonl", validation_split=0.3)
+    assert held is not None
+    assert held.report.lines()[0].startswith(f"{len(held.rows)} rows held out; ")
+    assert train.report.lines()[0].startswith(f"40 rows read, {len(train.rows)} kept; ")
+
+
 def test_faults_of_template_and_rows_are_told_together(tokenizer: PreTrainedTokenizerBase) -> None:
     Path("strict.jinja").write_text(
         "{{ raise_exception('too many') if messages|length > 2 else '' }}" + str(tokenizer.chat_template)

@@ -238,4 +238,5 @@ def test_a_refused_batch_says_what_would_do() -> None:
 
 def test_a_shape_shows_its_arithmetic() -> None:
     assert str(BatchShape(2, 4, 1)) == "2 per device x 4 accumulated x 1 process = 8 rows a step"
+    assert BatchShape(2, 4, 1).told("sequences").endswith(" = 8 sequences a step")
     assert str(BatchShape(2, 4, 3)) == "2 per device x 4 accumulated x 3 processes = 24 rows a step"

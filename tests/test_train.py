@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -241,7 +242,7 @@ def test_recomputing_activations_changes_no_number(lab: Lab) -> None:
 def test_packed_rows_have_the_loss_they_have_alone(lab: Lab, attention: str) -> None:
     one_step = {"training.max_steps": 1, "model.attn_implementation": attention}
     lab.train({**one_step, "training.global_batch_size": 16, "output_dir": "alone"}).ok()
-    lab.train(
+    outcome = lab.train(
         {
             **one_step,
             "training.global_batch_size": 2,
@@ -250,6 +251,8 @@ def test_packed_rows_have_the_loss_they_have_alone(lab: Lab, attention: str) -> 
             "output_dir": "packed",
         }
     ).ok()
+    assert re.search(r"packing +16 rows in [12] sequences? of at most 512 tokens, \d\d\.\d% full\n", outcome.stderr)
+    assert " = 2 sequences a step; run folder" in outcome.stderr
     (alone,), (packed,) = ([line for line in lab.metrics(run) if "loss" in line] for run in ("alone", "packed"))
     assert alone["epoch"] == packed["epoch"] == 1.0
     assert alone["trained_tokens"] == packed["trained_tokens"]

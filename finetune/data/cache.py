@@ -184,11 +184,13 @@ class Cache:
         return removed, freed
 
     def prune_daily(self) -> tuple[int, int]:
-        """`prune`, at most once a day; (0, 0) otherwise."""
+        """`prune`, at most once a day; (0, 0) otherwise, and where the cache may only be read."""
         with contextlib.suppress(FileNotFoundError):
             if time.time() - (self.root / "pruned").stat().st_mtime < DAY:
                 return 0, 0
-        return self.prune()
+        with contextlib.suppress(DiskError):
+            return self.prune()
+        return 0, 0
 
     def file_hashes(self, paths: Sequence[Path]) -> list[str]:
         """Hex SHA-256 of the content of each file.

@@ -14,7 +14,7 @@ from finetune.data.engine import Settings
 from finetune.data.gates import refuse_beyond
 from finetune.data.gather import Prepared, gather
 from finetune.data.order import Schedule, TokenRows
-from finetune.data.pack import Units, best_fit, singles, wrapped
+from finetune.data.pack import Units, best_fit, density, singles, wrapped
 from finetune.data.stop import StopContract
 from finetune.errors import ModelError
 from finetune.recipe.sections import AuditOptions, DataOptions
@@ -127,6 +127,17 @@ def units(sizes: np.ndarray, options: DataOptions, seed: int) -> Units:
 def scheduled(rows: TokenRows, options: DataOptions, seed: int, width: float, alike: bool) -> Schedule:
     """Prepared rows with their units; see Schedule."""
     return Schedule(rows, units(lengths(rows), options, seed), seed, width, alike)
+
+
+def packed(schedule: object, options: DataOptions) -> str:
+    """What packing made of the rows, in words; empty where they are not packed, or while they are trained."""
+    if not options.packing or not isinstance(schedule, Schedule):
+        return ""
+    sequences = (
+        f"{len(schedule):,} sequence{'' if len(schedule) == 1 else 's'} of at most {options.max_length:,} tokens"
+    )
+    share = density(schedule.units, options.max_length)
+    return f"{len(schedule.rows):,} rows in {sequences}, {share:.1%} full"
 
 
 def lengths(rows: Any) -> np.ndarray:

@@ -81,12 +81,7 @@ def gather(
     if len(validation):
         validation = _without_leaks(rows, validation, options, notes)
     train = mixed(rows, [one.source.weight for one in named], options.weight_by, options.stopping_strategy, seed)
-    seen = np.bincount(train.part, minlength=len(named)) if len(train) else np.zeros(len(named))
-    notes += [
-        f"{one.report.name}: none of its rows is seen in an epoch"
-        for one, count in zip(named, seen.tolist(), strict=True)
-        if not count and len(train) and one.report.rows_kept
-    ]
+    notes += _unequal(named, rows, train)
     report = _report(train, named, options, removed, len(held_out), tuple(notes))
     if not len(train):
         raise DataError(
@@ -97,6 +92,21 @@ def gather(
             raise DataError(NO_VALIDATION)
         return Prepared(train, report, named), None
     return Prepared(train, report, named), Prepared(validation, _report(validation, apart, options, None, 0, ()), apart)
+
+
+def _unequal(named: Sequence[PreparedSource], rows: Rows, train: Rows) -> list[str]:
+    """What is to be said of sources whose rows are not each seen once in an epoch."""
+    if not len(train):
+        return []
+    notes = []
+    own, seen = (np.bincount(some.part, minlength=len(named)).tolist() for some in (rows, train))
+    for one, have, count in zip(named, own, seen, strict=True):
+        if count and count != have:
+            times = f"{count / have:.2f} times its {have:,}"
+            notes.append(f"{one.report.name}: {count:,} rows in an epoch, which is {times}")
+        elif not count and one.report.rows_kept:
+            notes.append(f"{one.report.name}: none of its rows is seen in an epoch")
+    return notes
 
 
 def validation_alone(

@@ -120,10 +120,8 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report as sentences; only what happened is told."""
-        said = [
-            f"{self.rows_read:,} rows read, {self.rows:,} kept; {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} trained ({self.trained_share:.0%})"
-        ]
+        rows = f"{self.rows_read:,} rows read, {self.rows:,} kept" if self.sources else f"{self.rows:,} rows held out"
+        said = [f"{rows}; {self.tokens:,} tokens, {self.trained_tokens:,} trained ({self.trained_share:.0%})"]
         if bad := self.total("rows_quarantined"):
             said.append(f"{bad:,} rows that cannot be used are in quarantine.jsonl with their reasons")
         if over := self.total("rows_over_length"):

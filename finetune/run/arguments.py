@@ -42,10 +42,14 @@ class BatchShape:
     processes: int
 
     def __str__(self) -> str:
-        rows = self.per_device * self.accumulation * self.processes
+        return self.told()
+
+    def told(self, units: str = "rows") -> str:
+        """The product in words; `units` is what a step counts."""
         return (
             f"{self.per_device} per device x {self.accumulation} accumulated x {self.processes} "
-            f"{'process' if self.processes == 1 else 'processes'} = {rows} rows a step"
+            f"{'process' if self.processes == 1 else 'processes'} = "
+            f"{self.per_device * self.accumulation * self.processes} {units} a step"
         )
 
 
