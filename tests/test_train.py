@@ -432,8 +432,8 @@ def every_key(lab: Lab) -> dict[str, Any]:
     rows = [json.loads(line) for line in (lab / "train.jsonl").read_text().splitlines()]
     (lab / "renamed.jsonl").write_text("".join(json.dumps({"chat": row["messages"]}) + "\n" for row in rows))
     source = {
-        "path": "renamed.jsonl", "format": "messages", "columns": {"messages": "chat"}, "split": "train", "name": "rows",
-        "weight": 2.0,
+        "path": "renamed.jsonl", "format": "messages", "columns": {"messages": "chat"}, "split": "train",
+        "name": "rows", "weight": 2.0,
     }  # fmt: skip
     held = {
         "path": "held.jsonl", "format": "auto", "columns": {"messages": "messages"}, "split": "train", "name": "held",
