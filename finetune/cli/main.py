@@ -8,8 +8,8 @@
     finetune runs | recipe | base | families
 
 Nothing heavy is imported before a verb needs it: `finetune --help` and a faulty recipe answer in well under a second.
-With `--json` a verb prints one JSON value on stdout, also when it fails (`data preview`: one for each row); progress and
-messages go to stderr.
+With `--json` a verb prints one JSON value on stdout, also when it fails (`data preview`: one for each row); progress
+and messages go to stderr.
 """
 
 from __future__ import annotations
