@@ -444,11 +444,12 @@ def _begin(
     """Write the first files of the run folder.
 
     Raises:
-        RefusedError: another run has begun there since this one looked.
+        RefusedError: another run has begun there since this one looked, or the run that is continued had other rows
+            or another base.
         DiskError: too little space.
     """
     from finetune.run.folder import claim, need_space
-    from finetune.run.record import base_hashes, this_process
+    from finetune.run.record import base_hashes, refuse_changed, this_process
 
     recipe, folder = loaded.recipe, checked.folder
     checkpoints = recipe.training.save_total_limit if recipe.training.save_steps else 1
@@ -479,6 +480,8 @@ def _begin(
         "hardware": hardware.facts(),
     }
     step = int(resume.rsplit("-", 1)[-1]) if resume else (0 if checked.continuing else None)
+    if resume:
+        refuse_changed(folder, record)
     with folder.claimed_alone():
         _, continuing = claim(folder.root, loaded.hash(), checked.overwrite, _needed(loaded))
         if continuing != checked.continuing:
