@@ -20,7 +20,7 @@ from finetune.data.tokenizer import Vocabulary
 
 HERE = Path(__file__).parent
 TRL = package("trl") / "chat_templates"
-SMOLLM2 = HERE.parent / "data" / "smollm2-135m-instruct" / "chat_template.jinja"
+SMOLLM2 = HERE / "tokenizers" / "smollm2.jinja"  # the quickstart's base: Apache-2.0, like this repository
 
 GLM4 = """\
 [gMASK]<sop>
