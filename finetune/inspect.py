@@ -63,12 +63,12 @@ def _settings(recipe: Recipe) -> Iterator[tuple[Settings, Cache]]:
             "data.streaming=false, and name a part of the source where all of it does not fit the disk"
         )
     method: Method = resolve("method", recipe.training.method, METHODS)
-    base = find(recipe.model.name_or_path)
+    base = find(recipe.model.name_or_path, weights=False)
     refuse(check_sources(recipe.data, method.needs, SAMPLE))
     if base.folder is None or recipe.model.revision is not None:
         from finetune.model.fetch import fetch
 
-        base = fetch(base, recipe.model.revision, recipe.model.trust_remote_code)
+        base = fetch(base, recipe.model.revision, recipe.model.trust_remote_code, weights=False)
     folder = base.folder
     assert folder is not None, "a fetched base has a folder"
 

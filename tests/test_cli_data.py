@@ -63,6 +63,18 @@ def test_prepare_says_what_was_done_and_where_it_is(lab: Lab) -> None:
     assert len(facts["train"]["fingerprint"]) == 64
 
 
+@pytest.mark.parametrize("verb", ["prepare", "audit", "preview"])
+def test_a_look_at_the_data_needs_no_weights(lab: Lab, verb: str) -> None:
+    expected = run(lab, verb, "--json").ok().stdout
+    base = lab.own_base("chatml")
+    (base / "model.safetensors").unlink()
+    found = run(lab, verb, "--json").ok().stdout
+    assert found.replace('"made": false', '"made": true') == expected
+    refused = lab.train()
+    assert refused.returncode == 5
+    assert "no weights" in refused.stderr
+
+
 def test_training_finds_what_was_prepared(lab: Lab) -> None:
     facts = run(lab, "prepare", "--json", **{"data.cache_dir": "kept"}).ok().json
     outcome = lab.train({"data.cache_dir": "kept", "training.max_steps": 1}).ok()

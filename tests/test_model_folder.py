@@ -334,6 +334,10 @@ def test_a_cached_model_is_taken_and_checked(made: Path, tmp_path: Path, monkeyp
     assert found.folder == cache / "snapshots" / commit
     assert found.name == "org/name"
     assert found.model_type == "llama"
+    (cache / "snapshots" / commit / SINGLE).rename(tmp_path / SINGLE)
+    assert fetch(find("org/name"), None, weights=False).weights == ()
+    with pytest.raises(ModelError, match="no weights"):
+        fetch(find("org/name"), None)
     (cache / "snapshots" / commit / SINGLE).write_text(POINTER)
     with pytest.raises(ModelError, match="git-lfs pointer"):
         fetch(find("org/name"), "main")

@@ -12,18 +12,20 @@ from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.files import disk_errors
 from finetune.model.folder import Base, check
 
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
+_WEIGHTS = ["*.safetensors"]
+_WANTED = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
 # The same weights once more in another layout, which some repositories carry beside those that transformers loads.
 _NOT_WANTED = ["*/*", "consolidated*.safetensors"]
 
 
-def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> Base:
+def fetch(base: Base, revision: str | None, trust_remote_code: bool = False, weights: bool = True) -> Base:
     """`base` with a local folder: its own, or the hub cache's after a download.
 
     Args:
         base: from `finetune.model.folder.find`.
         revision: branch, tag or commit.
         trust_remote_code: also fetch the repository's Python files.
+        weights: also fetch the weights; a look at the data needs none.
 
     Raises:
         EnvironmentFault: the hub cannot be reached and the cache does not hold the model, or a download broke off.
@@ -37,7 +39,7 @@ def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> 
                 f"model.revision: does nothing for a local folder ({base.name}); remove it, or name a model of the hub"
             )
         return base
-    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    wanted = [*_WANTED, *(_WEIGHTS if weights else ()), *(("*.py",) if trust_remote_code else ())]
     try:
         with disk_errors(Path(constants.HF_HUB_CACHE)):
             folder = snapshot_download(base.name, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_WANTED)
@@ -59,7 +61,7 @@ def fetch(base: Base, revision: str | None, trust_remote_code: bool = False) -> 
             f"model.name_or_path: the download of {base.name} broke off ({type(error).__name__}: {error}); run the "
             "same command again, which continues it"
         ) from error
-    return check(base.name, Path(folder))
+    return check(base.name, Path(folder), weights)
 
 
 def _broke_off(error: Exception) -> bool:

@@ -88,8 +88,12 @@ class Base:
         return frozenset(found)
 
 
-def find(name_or_path: str) -> Base:
+def find(name_or_path: str, weights: bool = True) -> Base:
     """Find and check the base that a recipe names.
+
+    Args:
+        name_or_path: model.name_or_path.
+        weights: whether a folder must hold them; a look at the data needs none.
 
     Raises:
         ModelError: the folder does not exist, lacks files, or holds files that are not what they seem.
@@ -99,7 +103,7 @@ def find(name_or_path: str) -> Base:
     except RuntimeError as error:
         raise ModelError(f"model.name_or_path: {name_or_path}: there is no such user; write the whole path") from error
     if path.is_dir():
-        return check(name_or_path, path)
+        return check(name_or_path, path, weights)
     if path.exists():
         raise ModelError(f"model.name_or_path: {name_or_path} is a file; name the folder that holds config.json")
     if _meant_as_path(name_or_path):
@@ -145,8 +149,13 @@ def _folder_hint(path: Path) -> str:
     return ""
 
 
-def check(name: str, folder: Path) -> Base:
+def check(name: str, folder: Path, with_weights: bool = True) -> Base:
     """Check a local base folder.
+
+    Args:
+        name: as the recipe calls it.
+        folder: where it is.
+        with_weights: whether it must hold weights.
 
     Raises:
         ModelError: with every fault found, each with its file and remedy.
@@ -160,7 +169,7 @@ def check(name: str, folder: Path) -> Base:
         config = _config(folder, faults)
         if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
             faults.append(f"no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …); download the whole model folder")
-        weights = _weights(folder, faults)
+        weights = _weights(folder, faults) if with_weights else []
         for file in weights:
             _check_safetensors(file, faults)
     except OSError as error:
