@@ -271,11 +271,11 @@ class Engine:
             parts = np.array_split(ids, -(-len(ids) // self._options.max_length))
             return [(part, ((0, len(part)),), WHOLE) for part in parts]
         if isinstance(item.example, Conversation):
-            return self._halved(item.example, rows, 0)
+            return self._halved(item.example, rows, 0, report)
         report.rows_split -= 1
         return rows  # a prompt with its completion has no place to cut: it is truncated
 
-    def _halved(self, chat: Conversation, rows: list[_Row], shift: int) -> list[_Row]:
+    def _halved(self, chat: Conversation, rows: list[_Row], shift: int, report: SourceReport) -> list[_Row]:
         """A chat's rows, the chat cut in two where they are too long and it has a place to be cut."""
         messages = chat.messages
         lead = next((at for at, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
@@ -288,8 +288,10 @@ class Engine:
             context = frozenset(at - start + lead for at in chat.context if start <= at < end)
             half = Conversation((*messages[:lead], *messages[start:end]), chat.tools, context)
             found = self._long([half], SourceReport(""))[0]
-            if not isinstance(found, RowError):  # a half without an answer has nothing to train
-                made += self._halved(half, found, shift + start - lead)
+            if isinstance(found, RowError):  # a half without an answer has nothing to train
+                report.rows_dropped += 1
+            else:
+                made += self._halved(half, found, shift + start - lead, report)
         return made
 
 

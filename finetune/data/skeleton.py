@@ -26,7 +26,6 @@ from finetune.errors import DataError
 from finetune.formats.example import Conversation, RowError
 
 FIELDS = frozenset({"role", "content", *REASONING})  # what a message of a shape may hold
-TEXTS = ("content", *REASONING)
 BORDERS = ("", "a", " a", "a ", "\n", "\n\n", "\na", " ", "1", "é", "中", "</x>", "x\n", "'s", ".")
 MOST_SHAPES = 4096
 

@@ -80,11 +80,6 @@ class ChatTemplate:
         """SHA-256 of everything that decides the text."""
         return sha256_text(json.dumps([self.sources, self.named, self.stops], sort_keys=True))
 
-    @property
-    def tells_the_date(self) -> bool:
-        """Whether the text depends on the day it is rendered."""
-        return any("strftime_now" in source for source in self.sources.values())
-
     def render(self, messages: Messages, tools: Messages | None, *, asking: bool = False) -> str:
         """The text of `messages`; with `asking`, followed by the generation prompt.
 
