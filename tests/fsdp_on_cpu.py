@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     """`python -m finetune.train` under that disguise."""
     from accelerate.state import DistributedType, PartialState
 
-    from finetune.run import modes
+    from finetune.run import fsdp
     from finetune.train import main as train
 
     original = PartialState.__init__
@@ -25,5 +25,5 @@ def main(argv: list[str]) -> int:
             self.distributed_type = DistributedType.MULTI_XPU
 
     PartialState.__init__ = disguised
-    modes.WITHOUT_FSDP = ()
+    fsdp.WITHOUT_FSDP = ()
     return train(argv)

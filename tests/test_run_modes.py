@@ -15,18 +15,18 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from finetune.errors import RecipeError
 from finetune.recipe.sections import LaunchOptions, ModelOptions, Recipe, TrainingOptions
 from finetune.run.batch import BatchShape
+from finetune.run.fsdp import fsdp_config
 from finetune.run.modes import (
     Mode,
     config_file,
-    deepspeed_config,
     enter,
     faults,
-    fsdp_config,
     machines_of,
     mode_of,
     read_mode,
 )
 from finetune.run.rehearsal import changes
+from finetune.run.zero import deepspeed_config
 
 SHAPE = BatchShape(2, 4, 2)
 MODEL = ModelOptions(name_or_path="base")
@@ -124,7 +124,7 @@ def test_what_accelerates_launcher_sets_agrees_with_the_file_it_was_given(config
     assert (named.kind, str(named)) == (started.kind, str(started))
     assert faults(started, MODEL, TRAINING, SHAPE, "cuda") == []
     if named.kind == "fsdp":
-        assert fsdp_config(started) == fsdp_config(named)
+        assert fsdp_config(started.settings) == fsdp_config(named.settings)
     else:
         assert started.settings == named.settings
 
@@ -145,10 +145,10 @@ def test_values_of_fsdp_are_the_same_from_a_file_and_from_its_launcher(
     variables = launched(own)
     named = mode_of(LaunchOptions(config=str(own)), configs, variables)
     started = mode_of(LaunchOptions(), configs, variables)
-    assert fsdp_config(started) == fsdp_config(named)
+    assert fsdp_config(started.settings) == fsdp_config(named.settings)
     assert faults(named, MODEL, TRAINING, SHAPE, "cuda") == faults(started, MODEL, TRAINING, SHAPE, "cuda") == []
     if layers := given.get("fsdp_transformer_layer_cls_to_wrap"):
-        assert fsdp_config(started)["transformer_layer_cls_to_wrap"] == layers.split(",")
+        assert fsdp_config(started.settings)["transformer_layer_cls_to_wrap"] == layers.split(",")
     other = fsdp_file(tmp_path, {"fsdp_state_dict_type": "FULL_STATE_DICT"})
     with pytest.raises(RecipeError, match="the launcher was given another configuration"):
         mode_of(LaunchOptions(config=str(other)), configs, variables)
@@ -313,18 +313,18 @@ def test_what_a_mode_cannot_do_is_refused_with_what_to_use_instead(configs: Path
 
 
 def test_the_recipe_fills_in_deepspeeds_configuration_and_leaves_nothing_open(configs: Path) -> None:
-    made = deepspeed_config(shipped(configs, "zero2"), TRAINING, SHAPE, "bfloat16")
+    made = deepspeed_config(shipped(configs, "zero2").settings, TRAINING, SHAPE, "bfloat16")
     assert made["train_batch_size"] == 16
     assert made["train_micro_batch_size_per_gpu"] == 2
     assert made["gradient_accumulation_steps"] == 4
     assert made["gradient_clipping"] == 0.5
     assert made["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert '"auto"' not in json.dumps(made)
-    assert "torch_autocast" not in deepspeed_config(shipped(configs, "zero2"), TRAINING, SHAPE, "float32")
+    assert "torch_autocast" not in deepspeed_config(shipped(configs, "zero2").settings, TRAINING, SHAPE, "float32")
 
 
 def test_fsdp_is_told_in_the_words_of_the_trainer(configs: Path) -> None:
-    made = fsdp_config(shipped(configs, "fsdp2"))
+    made = fsdp_config(shipped(configs, "fsdp2").settings)
     assert made["version"] == 2
     assert made["auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
     assert made["state_dict_type"] == "SHARDED_STATE_DICT"

@@ -18,7 +18,9 @@ from finetune.errors import RecipeError
 from finetune.recipe.sections import LaunchOptions, TrainingOptions
 from finetune.registry import nearest
 from finetune.run.batch import BatchShape
-from finetune.run.modes import Mode, deepspeed_config, fsdp_config
+from finetune.run.fsdp import fsdp_config
+from finetune.run.modes import Mode
+from finetune.run.zero import deepspeed_config
 
 # Arguments that the trainer, its batches and its loss do not read here, or under which they would be wrong.
 _WITHOUT_EFFECT = frozenset({
@@ -145,9 +147,13 @@ def trainer_arguments(
         "include_num_input_tokens_seen": "no",
     }
     if mode is not None and mode.kind == "deepspeed":  # which casts nothing, and autocasts by its own configuration
-        arguments |= {"deepspeed": deepspeed_config(mode, options, shape, compute), "bf16": False, "fp16": False}
+        arguments |= {
+            "deepspeed": deepspeed_config(mode.settings, options, shape, compute),
+            "bf16": False,
+            "fp16": False,
+        }
     if mode is not None and mode.kind == "fsdp":
-        arguments |= {"fsdp": True, "fsdp_config": fsdp_config(mode)}
+        arguments |= {"fsdp": True, "fsdp_config": fsdp_config(mode.settings)}
     try:
         return SFTConfig(**{**arguments, **options.extra})
     except (TypeError, ValueError, ImportError) as error:
