@@ -42,7 +42,7 @@ def test_families_are_found_under_their_own_names() -> None:
         assert family.licence.endswith("."), family.name
         assert family.layers, family.name
         assert bool(family.experts) == bool(family.moe_blocks), family.name
-        assert set(family.stored) <= set(family.experts), family.name
+        assert {end for end in family.stored if not end.endswith(".weight")} <= set(family.experts), family.name
         assert set(family.optional) <= {*family.targets, *family.experts}, family.name
 
 

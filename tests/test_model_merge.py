@@ -23,8 +23,11 @@ from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError
 from finetune.exports import merged as export
+from finetune.families.family import Family
 from finetune.model import quantise
+from finetune.model.change import Change, Whole
 from finetune.model.folder import INDEX, find
+from finetune.model.layout import on_disk
 from finetune.model.load import Precision, load_base
 from finetune.model.merge import MergeReport, _plan_shards, merge_weights
 from finetune.model.probe import gap, logits_of, probe_rows
@@ -503,6 +506,48 @@ def test_without_facts_nothing_is_requantised() -> None:
     weight = torch.randn(8, 8)
     assert requantiser({}) == Requantiser()
     assert requantiser({})("a.weight", weight) is weight
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (3, 6, 4)])
+def test_the_change_of_a_weight_that_files_split_is_that_of_its_parts(shape: tuple[int, ...], whole: bool) -> None:
+    """With DoRA's magnitudes where one row of them belongs to a row of the weight."""
+    torch.manual_seed(0)
+    experts, ends = shape[:-2], {"a.gate_up.weight": ("b.gate.weight", "b.up.weight")}
+    weight = torch.randn(shape)
+    magnitude = torch.rand(6) if len(shape) == 2 else None
+    change: Change = (
+        Whole(torch.randn(shape))
+        if whole or len(shape) == 1
+        else Update(torch.randn(*experts, 2, 4), torch.randn(*experts, 6, 2), 0.5, magnitude)
+    )
+    family = Family("split", ("split",), (), (), "None.", stored=ends)
+    names = ["layers.0.b.gate.weight", "layers.0.b.up.weight"]
+    name = "layers.0.a.gate_up.weight"
+    found = on_disk({name: change}, names, family)
+    if len(shape) == 1:
+        assert found == {name: change}, "a bias is no weight of rows"
+        return
+    assert list(found) == names
+    parts = [found[one].apply(part)[0] for one, part in zip(names, weight.chunk(2, dim=-2), strict=True)]
+    torch.testing.assert_close(torch.cat(parts, dim=-2), change.apply(weight)[0], rtol=1e-6, atol=1e-6)
+    assert on_disk({name: change}, names[:1], family) == {name: change}
+
+
+@with_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_layer_that_files_split_is_quantised_as_the_one_that_memory_holds(kind: str) -> None:
+    torch.manual_seed(0)
+    gate, up = torch.randn(7, 40), torch.randn(7, 40) * 9  # no whole number of blocks of 64: one of them spans both
+    names = {"layers.0.gate.weight": gate, "layers.0.up.weight": up}
+    stored = {"gate_up.weight": ("gate.weight", "up.weight")}
+    family = Family("split", ("split",), (), (), "None.", stored=stored)
+    asked = Requantiser(kind, torch.float32, frozenset({"layers.0.gate_up"}))
+    assert asked.by_file({}, family).needed() == ["layers.0.gate_up.weight"]
+    split = asked.by_file(names, family)
+    assert split.needed() == list(names)
+    apart = [split(name, weight, names.__getitem__) for name, weight in names.items()]
+    assert torch.equal(torch.cat(apart), asked("layers.0.gate_up.weight", torch.cat([gate, up])))
 
 
 @with_bitsandbytes

@@ -106,8 +106,9 @@ class Family:
         never: linear layers that `auto` leaves out: routers, gates of one output, indexers.
         optional: those of `attention` and `mlp` that not every model of the family has.
         experts: parameters of three dimensions that hold all routed experts of a layer.
-        stored: for each of `experts`, what files call its parts, `*` being the number of the expert, in the order in
-            which they stand above each other; empty where files hold it as memory does.
+        stored: for each of `experts`, and for the weight of a layer that files split, what files call the parts, `*`
+            being the number of the expert, in the order in which they stand above each other; empty where files hold
+            all of them as memory does.
         transposed: whether `experts` are stored experts x in x out.
         renamed: parts of names as (in memory, in files), where files call a layer otherwise.
         moe_blocks: class names of the blocks with routed experts, which DeepSpeed must gather whole (its ZeRO-3 leaf

@@ -86,16 +86,26 @@ def _difference(in_memory: str, in_files: str) -> tuple[str, str]:
 
 
 def _parts(called: str, in_memory: str, pattern: str, converters: list[WeightConverter]) -> dict[str, tuple[str, ...]]:
-    """What files call the parts of a parameter that holds all experts; empty where it is put together another way."""
+    """What files call the parts of a weight that is their rows above each other, for each expert where files number
+    them; empty where it is put together another way.
+    """
     converter = next(one for one in converters if pattern in one.source_patterns)
-    endings = tuple(one.replace("\\", "").rsplit("*.", 1)[-1] for one in converter.source_patterns)
-    merge, *beneath = converter.operations
-    stacked = len(beneath) == 1 and isinstance(beneath[0], Concatenate) and beneath[0].dim == 1
-    if not isinstance(merge, MergeModulelist) or (len(endings) > 1 and not stacked) or (len(endings) == 1 and beneath):
-        return {}
-    numbered = _EXPERT.fullmatch(called)
+    endings = tuple(one.replace("\\", "").rsplit("*.", 1)[-1].lstrip(".") for one in converter.source_patterns)
+    operations = list(converter.operations)
     module, leaf = in_memory.rsplit(".", 1)
-    if numbered is None or numbered["module"] != module or numbered["ending"] not in endings:
-        return {}
-    stem = _LAYER.sub("", module)
-    return {f"{stem}.{leaf}": tuple(f"{stem}.*.{ending}" for ending in endings)}
+    if isinstance(operations[0], MergeModulelist):
+        numbered = _EXPERT.fullmatch(called)
+        if numbered is None or numbered["module"] != module or numbered["ending"] not in endings:
+            return {}
+        del operations[0]
+        above, key = 1, f"{_LAYER.sub('', module)}.{leaf}"
+        parts = tuple(f"{_LAYER.sub('', module)}.*.{ending}" for ending in endings)
+    else:
+        ending = next((one for one in endings if called.endswith(f".{one}")), None)
+        start = _LAYER.match(called)
+        if ending is None or start is None or not in_memory.startswith(start[0]):
+            return {}
+        above, key = 0 if leaf == "weight" else 1, in_memory.removeprefix(start[0])
+        parts = tuple(called.removeprefix(start[0]).removesuffix(ending) + one for one in endings)
+    stacked = len(operations) == 1 and isinstance(operations[0], Concatenate) and operations[0].dim == above
+    return {key: parts} if stacked or (not operations and len(endings) == 1) else {}

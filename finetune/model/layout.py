@@ -1,16 +1,13 @@
-"""What files call the weights of a model: routed experts are one parameter in memory, mostly many tensors on disk."""
+"""What files call the weights of a model: what is one parameter in memory, as routed experts are, may be many on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 
 from finetune.families.family import Family
-from finetune.model.change import Change, Update, Whole
+from finetune.model.change import Change, Rows, Update
 from finetune.model.kinds import ends
-
-# The slice of a change that belongs to one expert: its number, and the first and last row of that tensor.
-_Part = Callable[[int, int, int], Change]
 
 
 def on_disk(changes: dict[str, Change], names: Collection[str], family: Family | None) -> dict[str, Change]:
@@ -25,12 +22,13 @@ def on_disk(changes: dict[str, Change], names: Collection[str], family: Family |
     """
     found: dict[str, Change] = {}
     for name, change in changes.items():
-        if isinstance(change, Update) and change.a.dim() == 3:
-            found |= _experts_update(name, change, names, family)
-        elif isinstance(change, Whole) and change.value.dim() == 3:
-            found |= _experts_whole(name, change, names, family)
+        whole = name_on_disk(name, names, family)
+        if whole not in names:
+            found |= _in_parts(name, change, names, family)
+        elif isinstance(change, Update) and change.a.dim() == 3:
+            found[whole] = replace(change, transposed=family is not None and family.transposed)
         else:
-            found[name_on_disk(name, names, family)] = change
+            found[whole] = change
     return found
 
 
@@ -42,53 +40,63 @@ def name_on_disk(name: str, names: Collection[str], family: Family | None) -> st
     return next((form for form in forms if form in names), name)
 
 
-def _experts_update(name: str, update: Update, names: Collection[str], family: Family | None) -> dict[str, Change]:
-    """An update of all experts of a layer: as it is, or for each expert and each part of what memory holds as one."""
-    fused = name_on_disk(name, names, family)
-    if fused in names:
-        return {fused: replace(update, transposed=family is not None and family.transposed)}
+def parts_on_disk(name: str, names: Collection[str], family: Family | None) -> list[tuple[str, ...]]:
+    """The tensors of the files that make up the weight called `name` in memory, where that is none of them itself.
 
-    def part(number: int, first: int, last: int) -> Change:
-        return replace(update, a=update.a[number], b=update.b[number, first:last])
-
-    return _parts(name, update, update.b.shape[:2], part, names, family)
-
-
-def _experts_whole(name: str, whole: Whole, names: Collection[str], family: Family | None) -> dict[str, Change]:
-    """New weights of all experts of a layer, likewise."""
-    fused = name_on_disk(name, names, family)
-    if fused in names:
-        return {fused: whole}
-
-    def part(number: int, first: int, last: int) -> Change:
-        return Whole(whole.value[number, first:last])
-
-    return _parts(name, whole, whole.value.shape[:2], part, names, family)
-
-
-def _parts(
-    name: str, change: Change, shape: tuple[int, ...], part: _Part, names: Collection[str], family: Family | None
-) -> dict[str, Change]:
-    """For each expert and each of what files call its parts, the change of that tensor.
+    Those whose rows memory holds above each other stand together, in that order: once where files hold all experts of a
+    layer in one tensor or the weight is no experts', else for each expert. Empty where files have no such tensors.
 
     Args:
-        name: of the parameter in memory.
-        change: of the whole parameter, given back where files have no such parts.
-        shape: how many experts there are, and how many rows each has.
-        part: gives the change of some rows of one expert.
+        name: of a weight in memory.
         names: of all tensors in the files.
         family: the base's family.
     """
-    end = next((end for end in (family.stored if family is not None else ()) if ends(name, (end,))), None)
-    if family is None or end is None:
-        return {name: change}
-    parts = family.stored[end]
-    rows = shape[1] // len(parts)
-    found: dict[str, Change] = {}
-    for number in range(shape[0]):
-        for place, stored in enumerate(parts):
-            tensor = name_on_disk(name.removesuffix(end) + stored.replace("*", str(number)), names, family)
-            if tensor not in names:
-                return {name: change}
-            found[tensor] = part(number, place * rows, (place + 1) * rows)
+    end, stored = _stored(name, family)
+    found: list[tuple[str, ...]] = []
+    while stored and (_numbered(stored) or not found):
+        parts = (name.removesuffix(end) + part.replace("*", str(len(found))) for part in stored)
+        group = tuple(name_on_disk(part, names, family) for part in parts)
+        if not all(part in names for part in group):
+            break
+        found.append(group)
     return found
+
+
+def _stored(name: str, family: Family | None) -> tuple[str, tuple[str, ...]]:
+    """The end of a name by which its family knows what files call its parts, and these; empty where it does not."""
+    known = family.stored if family is not None else {}
+    return next(((end, parts) for end, parts in known.items() if ends(name, (end,))), ("", ()))
+
+
+def _numbered(parts: tuple[str, ...]) -> bool:
+    """Whether files hold each expert's by itself."""
+    return any("*" in part for part in parts)
+
+
+def _in_parts(name: str, change: Change, names: Collection[str], family: Family | None) -> dict[str, Change]:
+    """The change of each tensor that makes up the weight called `name`; itself under that name where there is none."""
+    groups = parts_on_disk(name, names, family)
+    if not groups or isinstance(change, Rows) or (isinstance(change, Update) and change.transposed):
+        return {name: change}
+    shape = (*change.b.shape[:-1], 0) if isinstance(change, Update) else tuple(change.value.shape)
+    numbered = _numbered(_stored(name, family)[1])
+    if len(shape) < 2 or shape[-2] % len(groups[0]) or (numbered and len(groups) != shape[0]):
+        return {name: change}
+    rows = shape[-2] // len(groups[0])
+    return {
+        tensor: _slice(change, number if numbered else None, slice(place * rows, (place + 1) * rows))
+        for number, group in enumerate(groups)
+        for place, tensor in enumerate(group)
+    }
+
+
+def _slice(change: Change, expert: int | None, rows: slice) -> Change:
+    """What a change does to some rows of a weight: of that of one expert, or of all there is."""
+    assert not isinstance(change, Rows)
+    if not isinstance(change, Update):
+        value = change.value if expert is None else change.value[expert]
+        return replace(change, value=value[..., rows, :])
+    a, b = (change.a, change.b) if expert is None else (change.a[expert], change.b[expert])
+    magnitude = None if change.magnitude is None else change.magnitude[rows]
+    under = None if change.under is None else change.under[..., rows, :]
+    return replace(change, a=a, b=b[..., rows, :], magnitude=magnitude, under=under)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from finetune.errors import EnvironmentFault, ExportError
 from finetune.families.family import Family
-from finetune.model.kinds import ends
-from finetune.model.layout import name_on_disk
+from finetune.model.layout import name_on_disk, parts_on_disk
 
 # How nf4 weights are held; another way would need another replay.
 _NF4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "quant_storage": "uint8"}
@@ -33,6 +32,7 @@ class Requantiser:
         modules: names of the layers that were quantised: in memory, or after `by_file` in files.
         experts: names in memory of the parameters of routed experts that were quantised, each expert by itself.
         groups: from `by_file`: for each tensor of experts in files the tensors that are one matrix in memory, in order.
+        joined: the same for layers that files hold in parts.
     """
 
     kind: str = "none"
@@ -40,6 +40,7 @@ class Requantiser:
     modules: frozenset[str] = frozenset()
     experts: frozenset[str] = frozenset()
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def by_file(self, names: Collection[str], family: Family | None) -> Requantiser:
         """The same with layers and experts called as files call them.
@@ -48,16 +49,24 @@ class Requantiser:
             names: of all tensors in the files.
             family: the base's family; None when no file knows it.
         """
-        modules = (name_on_disk(f"{module}.weight", names, family) for module in self.modules)
+        modules: set[str] = set()
+        joined: dict[str, tuple[str, ...]] = {}
+        for module in self.modules:
+            name = name_on_disk(f"{module}.weight", names, family)
+            parts = parts_on_disk(name, names, family) if name not in names else []
+            joined |= {one: group for group in parts for one in group}
+            modules |= set() if parts else {name.removesuffix(".weight")}
         groups: dict[str, tuple[str, ...]] = {}
-        for name in self.experts:
-            for group in _groups(name, names, family):
-                groups |= dict.fromkeys(group, group)
-        return replace(self, modules=frozenset(name.removesuffix(".weight") for name in modules), groups=groups)
+        for parameter in self.experts:
+            name = name_on_disk(parameter, names, family)
+            parts = parts_on_disk(name, names, family) if name not in names else []
+            # The name in memory alone where files have no such tensors, so that a merge can say what it does not find.
+            groups |= {one: group for group in parts or [(name,)] for one in group}
+        return replace(self, modules=frozenset(modules), groups=groups, joined=joined)
 
     def needed(self) -> list[str]:
         """The tensors that files must hold, in order."""
-        return sorted({f"{module}.weight" for module in self.modules} | self.groups.keys())
+        return sorted({f"{module}.weight" for module in self.modules} | self.groups.keys() | self.joined.keys())
 
     def __call__(self, name: str, weight: Tensor, read: Callable[[str], Tensor] | None = None) -> Tensor:
         """The weight called `name`, through quantisation and back if it was quantised, else as it is.
@@ -67,10 +76,16 @@ class Requantiser:
             weight: as they hold it.
             read: gives another tensor of the files: gate and up of an expert were quantised as one.
         """
-        if name in self.groups:
-            return self._of_experts(name, weight, read)
-        if name.removesuffix(".weight") not in self.modules:
+        group = self.groups.get(name) or self.joined.get(name) or (name,)
+        if name not in self.groups and name not in self.joined and name.removesuffix(".weight") not in self.modules:
             return weight
+        assert read is not None or len(group) == 1, "what was quantised as one is read as one"
+        parts = [weight if one == name or read is None else read(one) for one in group]
+        whole = torch.cat(parts, dim=-2) if len(parts) > 1 else weight
+        through = self._experts(whole) if name in self.groups else self._layer(whole)
+        return through.split([part.shape[-2] for part in parts], dim=-2)[group.index(name)]
+
+    def _layer(self, weight: Tensor) -> Tensor:
         import bitsandbytes.functional as bnb
 
         if self.kind == "nf4":
@@ -79,34 +94,12 @@ class Requantiser:
         rows, statistics, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
         return rows.float() * statistics[:, None] / 127.0
 
-    def _of_experts(self, name: str, weight: Tensor, read: Callable[[str], Tensor] | None) -> Tensor:
+    def _experts(self, weight: Tensor) -> Tensor:
         from finetune.model.quantise_experts import replayed
 
-        if weight.dim() == 3:
-            return torch.stack([replayed(matrix, self.dtype) for matrix in weight])
-        group = self.groups[name]
-        assert read is not None or len(group) == 1, "what was quantised as one is read as one"
-        parts = [weight if one == name or read is None else read(one) for one in group]
-        whole = replayed(torch.cat(parts), self.dtype)
-        return whole.split([len(part) for part in parts])[group.index(name)]
-
-
-def _groups(name: str, names: Collection[str], family: Family | None) -> list[tuple[str, ...]]:
-    """For a parameter of experts the tensors of the files that make it up, those of one matrix together.
-
-    The name in memory alone where files have no such tensors, so that a merge can say what it does not find.
-    """
-    fused = name_on_disk(name, names, family)
-    end = next((end for end in (family.stored if family is not None else ()) if ends(name, (end,))), None)
-    if fused in names or family is None or end is None:
-        return [(fused,)]
-    found: list[tuple[str, ...]] = []
-    while True:
-        parts = [name.removesuffix(end) + part.replace("*", str(len(found))) for part in family.stored[end]]
-        group = tuple(name_on_disk(part, names, family) for part in parts)
-        if not all(part in names for part in group):
-            return found or [(name,)]
-        found.append(group)
+        if weight.dim() == 2:
+            return replayed(weight, self.dtype)
+        return torch.stack([replayed(matrix, self.dtype) for matrix in weight])
 
 
 def requantiser(facts: dict[str, Any]) -> Requantiser:
