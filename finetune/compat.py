@@ -87,6 +87,39 @@ def fp8_blocks_of(facts: Mapping[str, Any]) -> Iterator[None]:
         Fp8Dequantize._dequantize_one = stock
 
 
+@contextmanager
+def adapter_names_kept() -> Iterator[None]:
+    """Have PEFT take an adapter's matrices by the names that they were saved by, inside the `with`.
+
+    peft 0.21.2 takes what it finds in an adapter through the rules by which transformers 5.23 renames the weights of a
+    base's files, though matrices are saved by their names in memory. A rule that such a name fits as well renames it
+    once more: `experts.` of Mistral Large 4 becomes `mlp.experts.` and from there `mlp.mlp.experts.`, and Laguna's
+    `shared_experts` fit the rule for `shared_expert.`, whose dot is any letter. Such matrices start afresh with nothing
+    but a warning. Adapters with other names than the model's go through PEFT's rules as before.
+
+    Remove when tests/test_compat.py::test_peft_still_renames_matrices_that_have_their_names_already fails.
+    """
+    import peft.utils.transformers_weight_conversion as conversion
+    from peft import get_peft_model_state_dict
+
+    stock = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    def kept(
+        model: Any, peft_config: Any, adapter_state_dict: dict[str, Any], adapter_name: str = "default"
+    ) -> dict[str, Any]:
+        own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        if {name for name in adapter_state_dict if ".lora_" in name} <= own.keys():
+            return adapter_state_dict
+        renamed: dict[str, Any] = stock(model, peft_config, adapter_state_dict, adapter_name)
+        return renamed
+
+    conversion.convert_peft_adapter_state_dict_for_transformers = kept
+    try:
+        yield
+    finally:
+        conversion.convert_peft_adapter_state_dict_for_transformers = stock
+
+
 def without_shared_memory_op() -> None:
     """Stop DeepSpeed from compiling an operation for several processes on a CPU.
 

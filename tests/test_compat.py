@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,41 @@ def test_peft_still_leaves_lora_on_parameters_that_are_parametrised_already() ->
     with torch.no_grad():
         first, second = wrapped(x), wrapped(x)
     assert not torch.allclose(first, second)
+
+
+def test_peft_still_renames_matrices_that_have_their_names_already(tmp_path: Path) -> None:
+    """Why `adapter_names_kept` is there. Once PEFT keeps them, `never` of families/laguna.py can do without layers."""
+    import warnings
+
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+
+    from finetune.compat import adapter_names_kept
+    from finetune.families import match
+    from finetune.model.quantise_lora import lost_by_peft
+    from finetune.model.twin import family_twin
+
+    family = match("auto", "laguna")
+    assert family is not None
+    config = LoraConfig(r=2, target_modules=["q_proj", "shared_experts.up_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(family_twin(family), config)
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        wrapped.save_pretrained(str(tmp_path))
+        plain = PeftModel.from_pretrained(family_twin(family), str(tmp_path))
+        with adapter_names_kept():
+            again = PeftModel.from_pretrained(family_twin(family), str(tmp_path))
+    saved = get_peft_model_state_dict(wrapped)
+    opened = get_peft_model_state_dict(plain)
+    lost = sorted(
+        name.removeprefix("base_model.model.") for name in saved if not torch.equal(saved[name], opened[name])
+    )
+    assert len(lost) == 2
+    assert lost == lost_by_peft(wrapped)
+    found = get_peft_model_state_dict(again)
+    assert all(torch.equal(saved[name], found[name]) for name in saved)
 
 
 def test_deepspeed_still_compiles_to_join_a_group_on_a_cpu() -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_families_layers import EVERY, assert_lives
+from test_families_layers import EVERY, assert_lives, assert_merges
 
 from finetune.errors import ModelError
 from finetune.families import match
-from finetune.families.family import TWIN, TWIN_DEEPSEEK, TWIN_EXPERTS, TWIN_MLA, Family
-from finetune.recipe.sections import AdapterOptions
+from finetune.families.family import TWIN, TWIN_DEEPSEEK, TWIN_EXPERTS, TWIN_MLA, TWIN_VISION, Family
+from finetune.recipe.sections import AdapterOptions, ModelOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,29 +94,46 @@ def test_layers_with_a_product_of_their_own_are_named_where_nothing_else_is_left
         resolve_targets(model, AdapterOptions(), None)
 
 
-def test_an_adapter_of_which_peft_loses_a_part_is_not_opened(tmp_path: Path) -> None:
-    """Once PEFT opens it whole, `never` of families/laguna.py can do without the shared experts."""
-    from finetune.model.adapt import attach
-    from finetune.model.quantise_lora import open_adapter
-    from finetune.model.targets import resolve_targets
-    from finetune.model.twin import family_twin
+def test_an_adapter_of_which_plain_peft_loses_a_part_says_so_opens_whole_and_merges(tmp_path: Path) -> None:
+    """Mistral Large 4, of whose experts PEFT renames what has its name already."""
+    import torch
 
-    family = match("auto", "laguna")
-    assert family is not None
-    for targets, whole in (("auto", True), (("auto", "shared_experts.up_proj"), False)):
-        options = AdapterOptions(r=4, lora_alpha=16, target_modules=targets)
-        model: Any = family_twin(family)
-        folder = tmp_path / str(whole)
-        wrapped = attach(model, options, resolve_targets(model, options, family), "base")
-        for parameter in wrapped.parameters():
+    from finetune.model.build import adapted
+    from finetune.model.quantise_lora import open_adapter
+    from finetune.model.twin import twin
+
+    def made() -> Any:
+        return twin("mistral_large4", {**TWIN, **TWIN_DEEPSEEK, **TWIN_MLA, "vision_config": TWIN_VISION})
+
+    options = AdapterOptions(r=4, lora_alpha=16)
+    model, targets = adapted(made(), options, ModelOptions(name_or_path="base"), None, None)
+    assert "PEFT by itself loses 10 matrices of this adapter" in targets.assumed
+    ids = torch.randint(3, TWIN["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data.normal_()
-        wrapped.save_pretrained(folder)
-        if whole:
-            assert open_adapter(family_twin(family), folder)
-        else:
-            with pytest.raises(ModelError, match=r"loses 2 matrices .*shared_experts\.up_proj"):
-                open_adapter(family_twin(family), folder)
+                parameter.normal_(std=0.1)
+        expected = model.eval()(input_ids=ids, use_cache=False).logits
+        model.save_pretrained(tmp_path)
+        again = open_adapter(made(), tmp_path).eval()
+        assert torch.equal(again(input_ids=ids, use_cache=False).logits, expected)
+    assert_merges(made(), tmp_path, ids, expected)
+
+
+def test_an_adapter_of_which_peft_loses_a_part_all_the_same_is_not_opened(tmp_path: Path) -> None:
+    """As one whose file was written for other names of the same layers."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    from finetune.model.quantise_lora import open_adapter
+
+    wrapped = get_peft_model(made("gpt_neox"), LoraConfig(r=2, target_modules=["dense"], init_lora_weights=False))
+    wrapped.save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    other = {name.replace("layers.0.", "blocks.0."): tensor for name, tensor in load_file(path).items()}
+    save_file(other, path)
+    with pytest.raises(ModelError, match=r"loses 2 matrices .*layers\.0\.attention\.dense"):
+        open_adapter(made("gpt_neox"), tmp_path)
 
 
 @EVERY

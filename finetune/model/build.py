@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from finetune.model.kinds import Place, places
 from finetune.model.load import Precision, load_base
 from finetune.model.proceed import proceed, refuse_other_rows, refuse_other_targets
 from finetune.model.quantise import Quantised, in_bytes, quantised, weights_told
+from finetune.model.quantise_lora import lost_by_peft
 from finetune.model.stored import stored
 from finetune.model.targets import Targets, resolve_targets
 from finetune.recipe.sections import AdapterOptions, ModelOptions
@@ -152,14 +153,27 @@ def adapted(
     if earlier is None:
         targets = resolve_targets(model, adapter, family)
         name, revision = options.name_or_path, options.revision
-        return attach(model, adapter, targets, name, revision, on_meta, original, new_ids), targets
+        wrapped = attach(model, adapter, targets, name, revision, on_meta, original, new_ids)
+        return wrapped, _with_lost(targets, wrapped)
     named = adapter.target_modules != "auto" or adapter.layers_to_transform  # auto: whatever the adapter has
     stated = resolve_targets(model, adapter, family) if named else None
     refuse_other_rows(model, earlier, new_ids)
     wrapped, targets = proceed(model, earlier, options.name_or_path, options.revision, on_meta)
     if stated is not None:
         refuse_other_targets(stated, targets, earlier)
-    return wrapped, targets
+    return wrapped, _with_lost(targets, wrapped)
+
+
+def _with_lost(targets: Targets, wrapped: Any) -> Targets:
+    """What is adapted, and in words what plain PEFT will lose of it."""
+    lost = lost_by_peft(wrapped)
+    if not lost:
+        return targets
+    told = (
+        f"the installed PEFT by itself loses {len(lost)} matrices of this adapter when it opens it, as {lost[0]}; "
+        "finetune evaluate and merge read all of them, so serve it merged"
+    )
+    return replace(targets, assumed="; ".join(filter(None, [targets.assumed, told])))
 
 
 def _weights(found: list[Place], options: ModelOptions, adapter: AdapterOptions, base: Base, kept: Precision) -> str:

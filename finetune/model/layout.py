@@ -1,4 +1,4 @@
-"""What files call the weights of a model: what is one parameter in memory, as routed experts are, may be many on disk."""
+"""What files call the weights of a model: one parameter in memory, as routed experts are, may be many on disk."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from finetune.compat import adapter_names_kept
 from finetune.errors import ModelError, RecipeError
 from finetune.model.adapt import adapted_modules
 from finetune.model.earlier import WEIGHTS, Earlier
@@ -46,7 +47,7 @@ def proceed(
     config.revision = revision
     understand(config, model)
     try:
-        with warnings.catch_warnings():  # what they warn of is found and refused below
+        with warnings.catch_warnings(), adapter_names_kept():  # what they warn of is found and refused below
             warnings.simplefilter("ignore")
             wrapped = PeftModel.from_pretrained(
                 model, str(earlier.folder), is_trainable=True, config=config, autocast_adapter_dtype=not on_meta,

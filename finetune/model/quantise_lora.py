@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 
+from finetune.compat import adapter_names_kept
 from finetune.errors import ModelError
 from finetune.model.kinds import is_packed
 
@@ -70,9 +71,24 @@ def open_adapter(model: Any, folder: Path) -> PeftModel:
     """
     config = PeftConfig.from_pretrained(str(folder))
     understand(config, model)
-    opened = PeftModel.from_pretrained(model, str(folder), config=config)
+    with adapter_names_kept():
+        opened = PeftModel.from_pretrained(model, str(folder), config=config)
     _refuse_lost(opened, folder)
     return opened
+
+
+def lost_by_peft(wrapped: PeftModel) -> list[str]:
+    """Names of the matrices that plain PEFT would lose when it opens the adapter that this model has.
+
+    Args:
+        wrapped: a base with an adapter, also on the meta device.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in saved.items()}
+    found = convert_peft_adapter_state_dict_for_transformers(wrapped, wrapped.peft_config["default"], shapes)
+    return sorted(name.removeprefix("base_model.model.") for name in saved.keys() - found.keys())
 
 
 def _refuse_lost(opened: PeftModel, folder: Path) -> None:
