@@ -16,12 +16,57 @@ if TYPE_CHECKING:
     from finetune.model.folder import Base
     from finetune.model.load import Precision
     from finetune.plan.hardware import Hardware
+    from finetune.recipe.sections import Recipe
+    from finetune.run.batch import BatchShape
     from finetune.run.callbacks import StopSignal
+    from finetune.run.modes import Mode
     from finetune.run.ranks import World
     from finetune.run.resume import ResumePoint
     from finetune.run.say import Say
     from finetune.run.trainer import Trainer
     from finetune.run.watch import Watch
+
+
+@dataclass(frozen=True)
+class Process:
+    """What one process of a run knows of itself before it has read anything.
+
+    Attributes:
+        hardware: what it runs on.
+        launched: its place among the processes of the run.
+        kept: in which precision weights are kept and multiplied.
+        shape: the global batch as the processes split it.
+        say: lines for the user.
+    """
+
+    hardware: Hardware
+    launched: World
+    kept: Precision
+    shape: BatchShape
+    say: Say
+
+
+def process_of(recipe: Recipe, mode: Mode, hardware: Hardware) -> Process:
+    """This process, after comparing what was launched with what the recipe asks for.
+
+    Raises:
+        HardwareError: another number of processes was launched.
+        RecipeError: the recipe and the launcher's configuration contradict each other.
+    """
+    from finetune.model.load import precision
+    from finetune.plan.hardware import compute_dtype
+    from finetune.run import ranks
+    from finetune.run.batch import batch_shape
+    from finetune.run.modes import refuse
+    from finetune.run.say import Say
+
+    launched = ranks.world()
+    say = Say(launched.is_main)
+    ranks.check_asked(recipe.launch, launched)
+    kept = precision(recipe.model, recipe.adapter.method, compute_dtype(recipe.model.dtype, hardware))
+    shape = batch_shape(recipe.training, launched.size)
+    refuse(mode, recipe.model, recipe.training, shape, hardware.device)
+    return Process(hardware, launched, kept, shape, say)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import (
@@ -23,7 +22,6 @@ from finetune.errors import (
     ExitCode,
     FinetuneError,
     HardwareError,
-    ModelError,
     NonFiniteError,
     RecipeError,
     RefusedError,
@@ -32,28 +30,17 @@ from finetune.errors import (
 from finetune.finish import finish
 from finetune.lean import hide, import_all, pause_collector
 from finetune.preflight import Checked, check
-from finetune.ready import Ready, begin, derived_of, made_of
+from finetune.ready import Ready, begin, made_of, process_of
 from finetune.recipe.load import load_recipe
 from finetune.recipe.loaded import LoadedRecipe
 from finetune.recipe.shipped import configs_folder
 
 if TYPE_CHECKING:
-    from finetune.data.cache import Cache
-    from finetune.data.engine import Settings
-    from finetune.data.feed import Feed
-    from finetune.model.build import Built
-    from finetune.model.earlier import Earlier
-    from finetune.model.folder import Base
-    from finetune.model.load import Attention
-    from finetune.recipe.sections import Recipe
-    from finetune.run.callbacks import StopSignal
+    from finetune.ready import Process
     from finetune.run.checkpoint_saver import Saver
-    from finetune.run.folder import RunFolder
-    from finetune.run.ranks import World
     from finetune.run.resume import ResumePoint
     from finetune.run.say import Say
-    from finetune.run.trainer import Trainer
-    from finetune.run.watch import Watch
+    from finetune.supply import Supplies
 
 # Keys that training has read before its first step. `evaluate` and `export` belong to other verbs; `tracking` is read
 # when the trackers start, and the recipe is refused when it sets other keys of it without naming a tracker.
@@ -153,243 +140,62 @@ def _launch(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any] | None:
 
 def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[str, Any]:
     """One process of the run, from the data to the saved adapter."""
-    from finetune.plan.hardware import compute_dtype, detect
-    from finetune.run.say import Say, quieten
+    from finetune.plan.hardware import detect
+    from finetune.run.say import quieten
 
     hardware = detect(loaded.recipe.launch.device)
     quieten(hardware.device)  # before peft is imported, whose import asks bitsandbytes for kernels
     if own_process:
         import_all(STACK)
 
-    from transformers import set_seed
-
-    from finetune.data import date
-    from finetune.data.cache import Cache
-    from finetune.data.engine import Settings
-    from finetune.data.vocabulary import load
-    from finetune.model.build import build
-    from finetune.model.earlier import WEIGHTS
-    from finetune.model.fetch import fetch
-    from finetune.model.load import attention, load_tokenizer, precision, stop_ids
-    from finetune.model.stored import stored
-    from finetune.model.tokenizer import new_ids
+    from finetune.assemble import assemble
     from finetune.run import ranks
-    from finetune.run.arguments import trainer_arguments
-    from finetune.run.batch import batch_shape
-    from finetune.run.builds import extensions_folder, remove_stale_locks
-    from finetune.run.folder import read_json
-    from finetune.run.modes import refuse
-    from finetune.run.record import versions
-    from finetune.run.spread import name_layers, whole_weights_loaded
     from finetune.run.watch import GRACE
+    from finetune.supply import supply
 
     recipe, mode = loaded.recipe, checked.mode
-    launched = ranks.world()
-    say = Say(launched.is_main)
-    ranks.check_asked(recipe.launch, launched)
-    compute = compute_dtype(recipe.model.dtype, hardware)
-    kept = precision(recipe.model, recipe.adapter.method, compute)
-    shape = batch_shape(recipe.training, launched.size)
-    refuse(mode, recipe.model, recipe.training, shape, hardware.device)
-
-    base = fetch(checked.base, recipe.model.revision, recipe.model.trust_remote_code)
-    stored(base.name, base.config, recipe.model.quantization, recipe.adapter.method)  # now that the hub's is at hand
-    tokenizer = load_tokenizer(recipe.model, base)
-    added = (recipe.model.new_tokens, recipe.model.new_special_tokens)
-    cache = Cache(recipe.data.cache_dir)
-    assert base.folder is not None, "a fetched base has a folder"
-    settings = Settings(load(base.folder, cache, lambda: tokenizer, added), stop_ids(tokenizer, base), recipe.data)
-    date.keep(None if checked.overwrite else read_json(checked.folder.record).get("date"))
-    data = _with_stops(_data(recipe, settings, cache, checked.folder, say), recipe, settings, base, say)
-    for number, line in enumerate(data.lines()):
-        say("" if number else "data", line)
-    removed, freed = cache.prune_daily() if launched.is_main else (0, 0)
-    if removed:
-        say("cache", f"{removed} prepared sources unused for 30 days removed from {cache.root}, {freed / 1e6:.0f} MB")
-
-    if mode.kind == "deepspeed" and launched.local_rank == 0:
-        for lock in remove_stale_locks(extensions_folder(os.environ)):
-            say("removed", f"{lock}, left by a compilation that was killed; DeepSpeed would wait for it for ever")
-    ranks.start(launched, hardware.device, recipe.launch.timeout + GRACE, mode)
+    process = process_of(recipe, mode, hardware)
+    supplies = supply(loaded, checked, process)
+    if mode.kind == "deepspeed" and process.launched.local_rank == 0:
+        _remove_stale_locks(process.say)
+    ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
     try:
-        held = {
-            "recipe": loaded.hash(),
-            "data": data.train.fingerprint,
-            "tokenizer": settings.vocabulary.hash,
-            "base": base.fingerprint(),
-            "seed": str(recipe.training.seed),
-            "mode": str(mode),
-            **{f"version of {name}": version for name, version in versions().items()},
-        }
-        if checked.earlier is not None:
-            held["adapter that is continued"] = checked.earlier.hashes[WEIGHTS]
-        ranks.agree(launched, held)
-        arguments = trainer_arguments(
-            recipe.training, recipe.launch, shape, checked.folder.checkpoints, compute, hardware.device,
-            data.validation is not None, mode,
-        )  # fmt: skip
-        ranks.prove_world(launched, arguments)
-        set_seed(recipe.training.seed)
-        attn = attention(recipe.model, hardware.device, data.longest)
-        device = ranks.device_of(launched, hardware.device)
-        if other := ranks.from_main(launched, lambda: _other_base(checked.earlier, base)):
-            raise ModelError(other)
-        ids = new_ids(recipe.model, tokenizer)
-        # What is to be spread stays in the host's memory until it is, except 4-bit weights, which a device makes.
-        place = None if mode.spreads and recipe.model.quantization == "none" else device
-        with whole_weights_loaded(arguments):
-            built = build(
-                recipe.model, checked.adapter, base, checked.family, kept, attn.own, place, checked.earlier,
-                tuple(ids.values()), sharded=mode.kind == "fsdp",
-            )  # fmt: skip
-        name_layers(built.model, checked.family, arguments)
-        for topic, line in (
-            ("base", built.base),
-            ("weights", built.weights),
-            ("tokens", ", ".join(f"{text} is new, number {number}" for text, number in ids.items())),
-            ("trains", built.trains),
-            ("note", built.note),
-        ):
-            say(topic, line if line else "")
-        trainer, stopper, watch, packing = _trainer(
-            loaded, checked, built, data, tokenizer, arguments, attn, launched, say
-        )
-        derived = derived_of(loaded, checked, built, kept, attn.own, arguments, launched)
-        units = "sequences" if recipe.data.packing else "rows"
-        say("steps", f"{shape.told(units)}; run folder {checked.folder.root}")
-        return _run(
-            Ready(
-                loaded, checked, base, data, built, trainer, stopper, watch, derived, packing, hardware, launched, say
-            )
-        )
+        _agree(loaded, checked, process, supplies)
+        return _run(assemble(loaded, checked, process, supplies))
     finally:
         ranks.stop()
 
 
-def _other_base(earlier: Earlier | None, base: Base) -> str:
-    """How the base differs from that of the adapter that is trained further; empty where it does not."""
-    from finetune.run.product import changed_files
+def _remove_stale_locks(say: Say) -> None:
+    """Let DeepSpeed not wait for compilations that were killed."""
+    from finetune.run.builds import extensions_folder, remove_stale_locks
 
-    if earlier is None:
-        return ""
-    changed = changed_files(earlier.base_hashes, base.weights, base.folder)
-    if not changed:
-        return ""
-    return (
-        f"adapter.continue_from: {base.name} is not the base that the adapter in {earlier.folder} was trained on: "
-        f"{', '.join(changed)} changed since; name that base"
-    )
+    for lock in remove_stale_locks(extensions_folder(os.environ)):
+        say("removed", f"{lock}, left by a compilation that was killed; DeepSpeed would wait for it for ever")
 
 
-def _data(recipe: Recipe, settings: Settings, cache: Cache, folder: RunFolder, say: Say) -> Feed:
-    """The rows, prepared, or made while they are trained."""
-    from finetune.data.feed import feed
-    from finetune.data.stream import Length, stream_feed
-
-    training = recipe.training
-    if not recipe.data.streaming:
-        return feed(settings, recipe.audit, cache, training.seed, lambda line: say("data", line))
-    assert training.max_steps is not None, "the recipe is refused without it"
-    length = Length(training.max_steps, training.global_batch_size)
-    return stream_feed(
-        settings, recipe.audit, cache, training.seed, length, folder.quarantine, lambda line: say("data", line)
-    )
-
-
-def _with_stops(data: Feed, recipe: Recipe, settings: Settings, base: Base, say: Say) -> Feed:
-    """The rows with what ends their trained answers, which a server must stop at.
+def _agree(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
+    """All processes must be about to train the same.
 
     Raises:
-        DataError: no trained answer ends with a stop token.
+        RefusedError: with what differs, rank by rank.
     """
-    from finetune.data.stop import stop_contract
-    from finetune.model.generation import generation_of
+    from finetune.model.earlier import WEIGHTS
+    from finetune.run import ranks
+    from finetune.run.record import versions
 
-    assert base.folder is not None, "a fetched base has a folder"
-    if recipe.data.loss_on == "all":
-        return data
-    blocks = (block for part in data.train.rows.parts for block in part.blocks())
-    generation = generation_of(base.folder)
-    contract = stop_contract(blocks, settings.vocabulary, settings.stop_ids, base.config, generation)
-    contract.refuse()
-    for fault in contract.faults(adapter=recipe.adapter.method != "none"):
-        say("stops", str(fault))
-    return replace(data, stops=contract)
-
-
-def _trainer(
-    loaded: LoadedRecipe,
-    checked: Checked,
-    built: Built,
-    data: Feed,
-    tokenizer: Any,
-    arguments: Any,
-    attn: Attention,
-    launched: World,
-    say: Say,
-) -> tuple[Trainer, StopSignal, Watch, dict[str, Any] | None]:
-    """The method's trainer with everything that watches a run, and how full packed sequences are."""
-    from finetune.data.collate import FlatCollator
-    from finetune.data.feed import collator, packed, packing_facts
-    from finetune.model.adapt import untrained_modules
-    from finetune.model.attention import attention_width, isolate
-    from finetune.run.callbacks import AdapterMoves, BeforeFirstStep, MetricsFile, Progress, StopSignal
-    from finetune.run.launch import tell_hang
-    from finetune.run.ranks import SameWeights
-    from finetune.run.spread import together
-    from finetune.run.trainer import RowCollator
-    from finetune.run.watch import Watch
-
-    isolated = isolate(built.model, attn.inside, data.longest)
-
-    def proved(through: Any = None) -> tuple[Any, str]:
-        pad, rows = tokenizer.pad_token_id, data.train.rows
-        return collator(loaded.recipe.data, pad, built.model, rows, attn.own, isolated, through)
-
-    spreads = checked.mode.spreads  # such a model can be asked only once the trainer has wrapped it
-    collate, padded = (FlatCollator(), "") if spreads else proved()
-    say("note", padded)
-    rows, validation = data.schedules(attention_width(built.model), alike=bool(padded))
-    packing = packing_facts(rows, loaded.recipe.data)
-    say("packing", packed(packing, loaded.recipe.data.max_length))
-    stopper = StopSignal()
-    batches = RowCollator(collate)
-
-    def hung(verdict: str, step: int) -> None:
-        reason = f"{verdict}; stacks are in {checked.folder.hang}. The same command continues from the last checkpoint"
-        checked.folder.write_exit(ExitCode.HANG, reason, step)
-        tell_hang(reason)
-
-    watch = Watch(launched, checked.folder.hang, loaded.recipe.launch.timeout, hung)
-    watchers: list[Any] = [watch, MetricsFile(checked.folder), Progress(), stopper]
-
-    def untrained(model: Any) -> list[str]:
-        with together([one for one in model.parameters() if one.requires_grad]):
-            return untrained_modules(model, first=built.first)
-
-    if built.targets:
-        watchers.append(AdapterMoves(untrained))
-    trainer: Trainer = checked.method.trainer(
-        model=built.model,
-        tokenizer=tokenizer,
-        arguments=arguments,
-        train=rows,
-        validation=validation,
-        collate=batches,
-        folder=checked.folder,
-        callbacks=watchers,
-    )
-    if (ratio := checked.adapter.loraplus_lr_ratio) is not None:
-        trainer.use_loraplus(ratio)
-    trainer.add_callback(SameWeights(launched, lambda: trainer.model_wrapped, checked.mode))
-
-    def prove() -> None:
-        batches.collate, reason = proved(trainer.model_wrapped)
-        say("note", reason)
-
-    if spreads:
-        trainer.add_callback(BeforeFirstStep(prove))
-    return trainer, stopper, watch, packing
+    held = {
+        "recipe": loaded.hash(),
+        "data": supplies.data.train.fingerprint,
+        "tokenizer": supplies.settings.vocabulary.hash,
+        "base": supplies.base.fingerprint(),
+        "seed": str(loaded.recipe.training.seed),
+        "mode": str(checked.mode),
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
+    if checked.earlier is not None:
+        held["adapter that is continued"] = checked.earlier.hashes[WEIGHTS]
+    ranks.agree(process.launched, held)
 
 
 def _run(ready: Ready) -> dict[str, Any]:
@@ -401,20 +207,9 @@ def _run(ready: Ready) -> dict[str, Any]:
     loaded, trainer, launched, say = ready.loaded, ready.trainer, ready.launched, ready.say
     folder = ready.checked.folder
     made = made_of(ready)
-    point = ranks.from_main(launched, lambda: _resume_point(ready.checked, made))
-    if isinstance(point, RefusedError):
-        raise point  # on all ranks alike
-    for line in point.passed_over:
-        say("resume", f"passed over {line}")
-    say("resume", f"from {point.checkpoint}" if point.checkpoint else "")
-    for drift in point.accepted:
-        say("resume", f"accepted: {drift}")
+    point = _going_on(ready, made)
     _arm(trainer.saver, loaded.recipe.training.on_save_error, made, point, say)
-    if unread := [key for key in loaded.unread(READ_HERE) if not loaded.is_default(key)]:
-        raise RecipeError(
-            f"{', '.join(unread)}: nothing reads this beside the other values of this recipe, so it would have no "
-            "effect; remove it, or report it if it should have one"
-        )
+    _refuse_unread(loaded)
     trackers = Trackers(folder.root, [])
     if launched.is_main:
         begin(ready, made, point)
@@ -459,6 +254,39 @@ def _run(ready: Ready) -> dict[str, Any]:
     if launched.is_main:
         folder.write_exit(ExitCode.OK, "finished", step, facts)
     return facts
+
+
+def _going_on(ready: Ready, made: dict[str, Any]) -> ResumePoint:
+    """Where the run goes on, agreed by all ranks and said.
+
+    Raises:
+        RefusedError: it may not, on all ranks alike.
+    """
+    from finetune.run import ranks
+
+    point = ranks.from_main(ready.launched, lambda: _resume_point(ready.checked, made))
+    if isinstance(point, RefusedError):
+        raise point
+    going_on: ResumePoint = point
+    for line in going_on.passed_over:
+        ready.say("resume", f"passed over {line}")
+    ready.say("resume", f"from {going_on.checkpoint}" if going_on.checkpoint else "")
+    for drift in going_on.accepted:
+        ready.say("resume", f"accepted: {drift}")
+    return going_on
+
+
+def _refuse_unread(loaded: LoadedRecipe) -> None:
+    """Refuse what nothing has read by now.
+
+    Raises:
+        RecipeError: the recipe sets keys without effect.
+    """
+    if unread := [key for key in loaded.unread(READ_HERE) if not loaded.is_default(key)]:
+        raise RecipeError(
+            f"{', '.join(unread)}: nothing reads this beside the other values of this recipe, so it would have no "
+            "effect; remove it, or report it if it should have one"
+        )
 
 
 def _resume_point(checked: Checked, made_of: dict[str, Any]) -> ResumePoint | RefusedError:

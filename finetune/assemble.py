@@ -1,0 +1,182 @@
+"""The model of a run, the trainer around it, and everything that watches both."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ExitCode, ModelError
+from finetune.preflight import Checked
+from finetune.ready import Process, Ready, derived_of
+from finetune.recipe.loaded import LoadedRecipe
+from finetune.supply import Supplies
+
+if TYPE_CHECKING:
+    from finetune.model.build import Built
+    from finetune.model.earlier import Earlier
+    from finetune.model.folder import Base
+    from finetune.model.load import Attention
+    from finetune.run.callbacks import StopSignal
+    from finetune.run.ranks import World
+    from finetune.run.trainer import Trainer
+    from finetune.run.watch import Watch
+
+
+def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> Ready:
+    """Load the base, attach the adapter, and build the trainer; all processes of the run call it at once."""
+    from transformers import set_seed
+
+    from finetune.model.load import attention
+    from finetune.run.arguments import trainer_arguments
+    from finetune.run.ranks import prove_world
+
+    recipe, launched, data = loaded.recipe, process.launched, supplies.data
+    arguments = trainer_arguments(
+        recipe.training, recipe.launch, process.shape, checked.folder.checkpoints, process.kept.compute,
+        process.hardware.device, data.validation is not None, checked.mode,
+    )  # fmt: skip
+    prove_world(launched, arguments)
+    set_seed(recipe.training.seed)
+    attn = attention(recipe.model, process.hardware.device, data.longest)
+    built = _model(loaded, checked, process, supplies, arguments, attn)
+    stopper, watch = _guards(loaded, checked, launched)
+    trainer, packing = _trainer(loaded, checked, process, supplies, arguments, attn, built, [watch, stopper])
+    derived = derived_of(loaded, checked, built, process.kept, attn.own, arguments, launched)
+    units = "sequences" if recipe.data.packing else "rows"
+    process.say("steps", f"{process.shape.told(units)}; run folder {checked.folder.root}")
+    return Ready(
+        loaded, checked, supplies.base, data, built, trainer, stopper, watch, derived, packing, process.hardware,
+        launched, process.say,
+    )  # fmt: skip
+
+
+def _model(
+    loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies, arguments: Any, attn: Attention
+) -> Built:
+    """The base with its adapter, where it is to be trained, and what is to be known about it said.
+
+    Raises:
+        ModelError: it is another base than that of the adapter that is continued.
+    """
+    from finetune.model.build import build
+    from finetune.model.tokenizer import new_ids
+    from finetune.run import ranks
+    from finetune.run.spread import name_layers, whole_weights_loaded
+
+    options, mode, base = loaded.recipe.model, checked.mode, supplies.base
+    device = ranks.device_of(process.launched, process.hardware.device)
+    if other := ranks.from_main(process.launched, lambda: _other_base(checked.earlier, base)):
+        raise ModelError(other)
+    ids = new_ids(options, supplies.tokenizer)
+    # What is to be spread stays in the host's memory until it is, except 4-bit weights, which a device makes.
+    place = None if mode.spreads and options.quantization == "none" else device
+    with whole_weights_loaded(arguments):
+        built = build(
+            options, checked.adapter, base, checked.family, process.kept, attn.own, place, checked.earlier,
+            tuple(ids.values()), sharded=mode.kind == "fsdp",
+        )  # fmt: skip
+    name_layers(built.model, checked.family, arguments)
+    for topic, line in (
+        ("base", built.base),
+        ("weights", built.weights),
+        ("tokens", ", ".join(f"{text} is new, number {number}" for text, number in ids.items())),
+        ("trains", built.trains),
+        ("note", built.note),
+    ):
+        process.say(topic, line if line else "")
+    return built
+
+
+def _other_base(earlier: Earlier | None, base: Base) -> str:
+    """How the base differs from that of the adapter that is trained further; empty where it does not."""
+    from finetune.run.product import changed_files
+
+    if earlier is None:
+        return ""
+    changed = changed_files(earlier.base_hashes, base.weights, base.folder)
+    if not changed:
+        return ""
+    return (
+        f"adapter.continue_from: {base.name} is not the base that the adapter in {earlier.folder} was trained on: "
+        f"{', '.join(changed)} changed since; name that base"
+    )
+
+
+def _guards(loaded: LoadedRecipe, checked: Checked, launched: World) -> tuple[StopSignal, Watch]:
+    """What ends a run that is told to stop, and one that gets no further."""
+    from finetune.run.callbacks import StopSignal
+    from finetune.run.launch import tell_hang
+    from finetune.run.watch import Watch
+
+    def hung(verdict: str, step: int) -> None:
+        reason = f"{verdict}; stacks are in {checked.folder.hang}. The same command continues from the last checkpoint"
+        checked.folder.write_exit(ExitCode.HANG, reason, step)
+        tell_hang(reason)
+
+    return StopSignal(), Watch(launched, checked.folder.hang, loaded.recipe.launch.timeout, hung)
+
+
+def _trainer(
+    loaded: LoadedRecipe,
+    checked: Checked,
+    process: Process,
+    supplies: Supplies,
+    arguments: Any,
+    attn: Attention,
+    built: Built,
+    guards: list[Any],
+) -> tuple[Trainer, dict[str, Any] | None]:
+    """The method's trainer with everything that watches a run, and how full packed sequences are."""
+    from finetune.data.collate import FlatCollator
+    from finetune.data.feed import collator, packed, packing_facts
+    from finetune.model.attention import attention_width, isolate
+    from finetune.run.callbacks import AdapterMoves, BeforeFirstStep, MetricsFile, Progress
+    from finetune.run.ranks import SameWeights
+    from finetune.run.trainer import RowCollator
+
+    data, say, options = supplies.data, process.say, loaded.recipe.data
+    isolated = isolate(built.model, attn.inside, data.longest)
+    proved = partial(
+        collator, options, supplies.tokenizer.pad_token_id, built.model, data.train.rows, attn.own, isolated
+    )
+    spreads = checked.mode.spreads  # such a model can be asked only once the trainer has wrapped it
+    collate, padded = (FlatCollator(), "") if spreads else proved()
+    say("note", padded)
+    rows, validation = data.schedules(attention_width(built.model), alike=bool(padded))
+    packing = packing_facts(rows, options)
+    say("packing", packed(packing, options.max_length))
+    batches = RowCollator(collate)
+    watch, stopper = guards
+    watchers: list[Any] = [watch, MetricsFile(checked.folder), Progress(), stopper]
+    if built.targets:
+        watchers.append(AdapterMoves(partial(_untrained, built.first)))
+    trainer: Trainer = checked.method.trainer(
+        model=built.model,
+        tokenizer=supplies.tokenizer,
+        arguments=arguments,
+        train=rows,
+        validation=validation,
+        collate=batches,
+        folder=checked.folder,
+        callbacks=watchers,
+    )
+    if (ratio := checked.adapter.loraplus_lr_ratio) is not None:
+        trainer.use_loraplus(ratio)
+    trainer.add_callback(SameWeights(process.launched, lambda: trainer.model_wrapped, checked.mode))
+
+    def prove() -> None:
+        batches.collate, reason = proved(trainer.model_wrapped)
+        say("note", reason)
+
+    if spreads:
+        trainer.add_callback(BeforeFirstStep(prove))
+    return trainer, packing
+
+
+def _untrained(first: Any, model: Any) -> list[str]:
+    """Modules whose adapter has not moved."""
+    from finetune.model.adapt import untrained_modules
+    from finetune.run.spread import together
+
+    with together([one for one in model.parameters() if one.requires_grad]):
+        return untrained_modules(model, first=first)
