@@ -136,13 +136,19 @@ def _answer(
     from finetune.model.fetch import fetch
     from finetune.model.folder import find
     from finetune.model.load import load_tokenizer, stop_ids
+    from finetune.model.stored import stored
     from finetune.model.tokenizer import as_trained, new_ids, refuse_other_ids
     from finetune.run.product import refuse_other_base
 
     options = recipe.evaluate
     model_options = as_trained(recipe.model.model_copy(update={"name_or_path": product.base}), product.facts)
     revision = recipe.model.revision if product.base == recipe.model.name_or_path else None
-    base = fetch(find(product.base), revision, recipe.model.trust_remote_code)
+    base = fetch(
+        find(product.base),
+        revision,
+        recipe.model.trust_remote_code,
+        look=lambda found: stored(found.name, found.config, model_options.quantization),
+    )
     refuse_other_base(product, base.name, base.weights, base.folder)
     tokenizer = load_tokenizer(model_options, base)
     added = new_ids(model_options, tokenizer)

@@ -55,8 +55,12 @@ def supply(loaded: LoadedRecipe, checked: Checked, process: Process) -> Supplies
     from finetune.run.folder import read_json
 
     recipe, say = loaded.recipe, process.say
-    base = fetch(checked.base, recipe.model.revision, recipe.model.trust_remote_code)
-    stored(base.name, base.config, recipe.model.quantization, recipe.adapter.method)  # now that the hub's is at hand
+    base = fetch(
+        checked.base,
+        recipe.model.revision,
+        recipe.model.trust_remote_code,
+        look=lambda found: stored(found.name, found.config, recipe.model.quantization, recipe.adapter.method),
+    )
     tokenizer = load_tokenizer(recipe.model, base)
     added = (recipe.model.new_tokens, recipe.model.new_special_tokens)
     cache = Cache(recipe.data.cache_dir)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -10,15 +12,24 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.files import disk_errors
-from finetune.model.folder import Base, check
+from finetune.model.folder import Base, check, find_config
 
+_CONFIG = ["config.json"]
 _WEIGHTS = ["*.safetensors"]
 _WANTED = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
 # The same weights once more in another layout, which some repositories carry beside those that transformers loads.
 _NOT_WANTED = ["*/*", "consolidated*.safetensors"]
+# The one folder of a repository that transformers reads beside what lies at its top.
+_TEMPLATES = ["additional_chat_templates/*.jinja"]
 
 
-def fetch(base: Base, revision: str | None, trust_remote_code: bool = False, weights: bool = True) -> Base:
+def fetch(
+    base: Base,
+    revision: str | None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    look: Callable[[Base], object] | None = None,
+) -> Base:
     """`base` with a local folder: its own, or the hub cache's after a download.
 
     Args:
@@ -26,6 +37,8 @@ def fetch(base: Base, revision: str | None, trust_remote_code: bool = False, wei
         revision: branch, tag or commit.
         trust_remote_code: also fetch the repository's Python files.
         weights: also fetch the weights; a look at the data needs none.
+        look: is shown a hub's base with its config alone, before anything larger is fetched, and raises what is wrong
+            with it.
 
     Raises:
         EnvironmentFault: the hub cannot be reached and the cache does not hold the model, or a download broke off.
@@ -39,29 +52,42 @@ def fetch(base: Base, revision: str | None, trust_remote_code: bool = False, wei
                 f"model.revision: does nothing for a local folder ({base.name}); remove it, or name a model of the hub"
             )
         return base
+    folder = _download(base.name, revision, _CONFIG)
+    commit = folder.name  # so that all of it is of one commit, whatever is pushed meanwhile
+    if look is not None and (folder / _CONFIG[0]).is_file():
+        look(replace(find_config(str(folder)), name=base.name))
     wanted = [*_WANTED, *(_WEIGHTS if weights else ()), *(("*.py",) if trust_remote_code else ())]
+    _download(base.name, commit, _TEMPLATES)
+    return check(base.name, _download(base.name, commit, wanted, _NOT_WANTED), weights)
+
+
+def _download(name: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
+    """The folder of a revision in the hub's cache, with the files whose paths fit `wanted` and not `unwanted`."""
     try:
         with disk_errors(Path(constants.HF_HUB_CACHE)):
-            folder = snapshot_download(base.name, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_WANTED)
+            return Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(unwanted) or None
+                )
+            )
     except LocalEntryNotFoundError as error:
         offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
         raise EnvironmentFault(
-            f"model.name_or_path: {base.name} is not in the cache and {offline}; download it where there is a "
+            f"model.name_or_path: {name} is not in the cache and {offline}; download it where there is a "
             "network, or name a local folder (a path that starts with ./ is never looked up)"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"model.name_or_path: cannot download {base.name}: {reason}; check the id, model.revision and HF_TOKEN"
+            f"model.name_or_path: cannot download {name}: {reason}; check the id, model.revision and HF_TOKEN"
         ) from error
     except Exception as error:
         if not _broke_off(error):
             raise
         raise EnvironmentFault(
-            f"model.name_or_path: the download of {base.name} broke off ({type(error).__name__}: {error}); run the "
+            f"model.name_or_path: the download of {name} broke off ({type(error).__name__}: {error}); run the "
             "same command again, which continues it"
         ) from error
-    return check(base.name, Path(folder), weights)
 
 
 def _broke_off(error: Exception) -> bool:
