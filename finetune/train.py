@@ -21,6 +21,7 @@ from finetune.errors import (
     DataError,
     ExitCode,
     FinetuneError,
+    HangError,
     HardwareError,
     NonFiniteError,
     RecipeError,
@@ -238,7 +239,7 @@ def _run(ready: Ready) -> dict[str, Any]:
         together = isinstance(error, StoppedError | NonFiniteError) or (
             isinstance(error, DataError) and loaded.recipe.data.streaming
         )
-        if launched.is_main:
+        if launched.is_main or (isinstance(shown, HangError) and ready.watch.speaks()):  # rank 0 may be who is gone
             folder.write_exit(*code_and_reason(shown), trainer.state.global_step)
         if shown is error:
             raise

@@ -24,6 +24,7 @@ from finetune.compat import without_shared_memory_op
 from finetune.errors import EnvironmentFault, HardwareError, RecipeError, RefusedError
 from finetune.recipe.sections import LaunchOptions
 from finetune.run.modes import Mode
+from finetune.run.rendezvous import own_corner
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def start(launched: World, device: str, timeout: float, mode: Mode) -> None:
         device: torch device type.
         timeout: seconds a rank waits for another in a collective operation.
         mode: how the run is laid over its processes.
+
+    Raises:
+        HangError: not all processes came in time.
     """
     if launched.size == 1 or dist.is_initialized():
         return
@@ -87,13 +91,16 @@ def start(launched: World, device: str, timeout: float, mode: Mode) -> None:
     backend = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}.get(device, "gloo")
     if mode.offloads and backend != "gloo":  # what lies in the host's memory travels over gloo
         backend = f"{device}:{backend},cpu:gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    allowed = timedelta(seconds=timeout)
+    store = own_corner(launched.rank, launched.size, timeout)
+    told = {} if store is None else {"store": store, "rank": launched.rank, "world_size": launched.size}
+    dist.init_process_group(backend, timeout=allowed, **told)
     if mode.kind == "deepspeed":
         import deepspeed
 
         if device == "cpu":
             without_shared_memory_op()
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout))
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=allowed)
 
 
 def stop() -> None:

@@ -246,6 +246,13 @@ class Watch(TrainerCallback):
                 found = dict.fromkeys(late, "it is a step behind the others")
         return sorted(found.items())
 
+    def speaks(self) -> bool:
+        """Whether this process writes down how the run ended: the first that is left, or the first left on its host
+        where nothing is heard of the others."""
+        suspects, mute = dict(self.suspects()) if self._heard else {}, time.monotonic() - self._spoke > SILENT
+        near = [rank for rank, (beat, _) in self._heard.items() if not mute or beat.host == socket.gethostname()]
+        return self.launched.rank == min((rank for rank in near if rank not in suspects), default=0)
+
     def give_way(self) -> None:
         """Called when the main thread fails: while the watchdog ends this process, its verdict is the only word."""
         if self._ending.is_set():
@@ -255,19 +262,26 @@ class Watch(TrainerCallback):
         """Who is gone, once an operation of all processes has failed; empty where that cannot be told."""
         deadline = time.monotonic() + SILENT + 2 * BEAT
         while self._heard and time.monotonic() < deadline:
-            gone = [(rank, why) for rank, why in self.suspects() if _GONE.search(why)]
-            if gone:
+            if gone := self._gone():
                 self._wake()
-                time.sleep(BEAT)
+                time.sleep(3 * BEAT)  # others of a lost host spoke last a little later
+                gone = {**self._gone(), **gone}
                 self._kill()
-                return " | ".join(f"rank {rank}: {why}; {self._told(self._heard.get(rank))}" for rank, why in gone)
+                return self._named(sorted(gone.items()))
             time.sleep(BEAT / 2)
         return ""
 
+    def _gone(self) -> dict[int, str]:
+        """Suspects that do not just dawdle, with why."""
+        return {rank: why for rank, why in self.suspects() if _GONE.search(why)}
+
     def verdict(self) -> str:
         """Who holds up the run, in a sentence."""
-        named = [f"rank {rank}: {why}; {self._told(self._heard.get(rank))}" for rank, why in self.suspects()]
-        return " | ".join(named) or "no rank gets any further, and none stands out: the network between them may be cut"
+        named = self._named(self.suspects())
+        return named or "no rank gets any further, and none stands out: the network between them may be cut"
+
+    def _named(self, suspects: list[tuple[int, str]]) -> str:
+        return " | ".join(f"rank {rank}: {why}; {self._told(self._heard.get(rank))}" for rank, why in suspects)
 
     def _told(self, heard: tuple[Beat, float] | None) -> str:
         if heard is None:
@@ -281,9 +295,8 @@ class Watch(TrainerCallback):
             return
         self._ending.set()
         self._report(verdict)
-        speaker = min((rank for rank in range(self.launched.size) if rank not in dict(self.suspects())), default=0)
         with contextlib.suppress(Exception):
-            if speaker == self.launched.rank:
+            if self.speaks():
                 self.end(verdict, self._step)
         self._wake()
         with contextlib.suppress(Exception):
