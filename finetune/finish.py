@@ -51,19 +51,20 @@ def _save(ready: Ready, state: dict[str, Any] | None, figures: dict[str, Any]) -
     """Write the product with its card; gives its folder and what was proved of it."""
     from finetune.exports import EXPORTS
     from finetune.model.adapt import adapted_modules
+    from finetune.model.auto import class_name
     from finetune.model.earlier import DOUBLED
     from finetune.model.initial import is_doubled, settle
     from finetune.model.tokenizer import NEW_TOKENS, new_ids
     from finetune.registry import resolve
     from finetune.run.card import trained_card
     from finetune.run.folder import read_json
-    from finetune.run.record import base_hashes
 
     checked, base, data, built, trainer = ready.checked, ready.base, ready.data, ready.built, ready.trainer
     recipe, folder = ready.loaded.recipe, checked.folder
+    loads = class_name(trainer.model.config.model_type)
     text = trained_card(
         folder.root, base.folder, recipe.model, recipe.data, recipe.training, built.trains,
-        data.counts(), figures, "peft" if built.targets else "transformers",
+        data.counts(), figures, "peft" if built.targets else "transformers", loads, built.lost,
     )  # fmt: skip
     tokenizer = trainer.processing_class
     added = {key: new_ids(recipe.model, tokenizer, key) for key in NEW_TOKENS}
@@ -78,7 +79,7 @@ def _save(ready: Ready, state: dict[str, Any] | None, figures: dict[str, Any]) -
         settle(adapted_modules(trainer.model))
     hashes = read_json(folder.record).get("base", {}).get("sha256")  # taken when the run began
     facts = {
-        "base": {"name": recipe.model.name_or_path, "sha256": hashes or base_hashes(base.weights, base.folder)},
+        "base": {"name": recipe.model.name_or_path, "sha256": hashes or ready.hashes},
         "quantization": built.quantized.facts() if built.quantized else None,
         "stops": data.stops.facts() if data.stops else None,
         **({DOUBLED: checked.adapter.init_lora_weights} if doubled else {}),

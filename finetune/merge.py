@@ -149,6 +149,7 @@ def _dtype(asked: str | None, options: ExportOptions) -> str:
 
 def _card(product: Product, base: Base) -> str:
     """The adapter's card, retold for whole weights."""
+    from finetune.model.auto import class_name
     from finetune.run.card import CardFacts, base_facts, card
     from finetune.run.folder import read_json
     from finetune.run.record import versions
@@ -165,6 +166,7 @@ def _card(product: Product, base: Base) -> str:
         figures={"trained tokens": record["data"]["train"]["trained_tokens"]} if trained else {},
         versions={key: value for key, value in versions().items() if key in ("finetune", "torch", "safetensors")},
         library="transformers",
+        loads=class_name(base.model_type),
     )
     return card(facts)
 

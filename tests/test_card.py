@@ -130,3 +130,57 @@ def test_any_name_leaves_the_front_matter_readable(title: str, name: str, licenc
 def test_a_bar_does_not_break_the_table() -> None:
     text = card(CardFacts("t", "b", None, "m", ("a",), {"x": "one|two"}, {}))
     assert "| x | one/two |" in text
+
+
+@pytest.mark.parametrize("longer", [False, True])
+@pytest.mark.parametrize("family", ["llama", "kimi_k25"])
+def test_what_a_card_says_loads_the_adapter(tmp_path: Path, family: str, longer: bool) -> None:
+    """Also of a type of which transformers registers the whole model only."""
+    import torch
+    import zoo
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoTokenizer
+
+    from finetune.families import FAMILIES
+    from finetune.model.auto import class_name
+    from finetune.model.twin import family_twin
+    from finetune.registry import resolve
+
+    known = resolve("family", family, FAMILIES)
+    model: Any = family_twin(known)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(zoo.TOKENIZER)
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    if longer:
+        tokenizer.add_tokens([f"<new {number}>" for number in range(model.config.get_text_config().vocab_size)])
+        model.resize_token_embeddings(len(tokenizer))
+        config.trainable_token_indices = [len(tokenizer) - 1]
+    trained = get_peft_model(model, config)
+    trained.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    trained.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    tokenizer.save_pretrained(str(tmp_path / "adapter"))
+    loads = class_name(model.config.model_type)
+    text = card(CardFacts("t", str(tmp_path / "base"), None, "m", ("a",), {}, {}, loads=loads, longer=longer))
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    found: dict[str, Any] = {}
+    exec(code.group(1).replace("this folder", str(tmp_path / "adapter")), found)
+    expected = get_peft_model_state_dict(trained, save_embedding_layers=False)
+    opened = get_peft_model_state_dict(found["model"], save_embedding_layers=False)
+    assert expected.keys() == opened.keys()
+    assert all(torch.equal(expected[name], opened[name]) for name in expected)
+
+
+def test_a_card_of_an_adapter_that_plain_peft_loses_a_part_of_says_to_merge_it() -> None:
+    text = card(CardFacts("t", "b", None, "m", ("a",), {}, {}, lost=10))
+    assert "PEFT by itself loses 10 matrices" in text
+    assert "from_pretrained" not in text
+
+
+def test_a_card_names_the_class_that_loads_whole_weights() -> None:
+    from finetune.model.auto import class_name
+
+    text = card(CardFacts("t", "b", None, "m", ("a",), {}, {}, library="transformers", loads=class_name("kimi_k25")))
+    assert 'AutoModelForImageTextToText.from_pretrained("this folder")' in text
+    assert class_name("a_type_that_nobody_knows") == "AutoModelForCausalLM"

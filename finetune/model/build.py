@@ -40,6 +40,7 @@ class Built:
         quantized: what is held in 4 or 8 bits; None when nothing is.
         trained: how many parameters are trained.
         first: the B of adapted layers that do not start at zero, by name.
+        lost: how many matrices of the adapter plain PEFT loses when it opens it.
     """
 
     model: Any
@@ -51,6 +52,7 @@ class Built:
     quantized: Quantised | None
     trained: int
     first: dict[str, torch.Tensor]
+    lost: int = 0
 
 
 def build(
@@ -86,7 +88,7 @@ def build(
     give_rows(model, new_ids)
     found = places(model, family)
     held = quantised(model, options.quantization, kept.compute) if options.quantization != "none" else None
-    note = ""
+    note, lost = "", 0
     leaves: tuple[str, ...] = ()
     if adapter.method == "none":
         note = "; ".join(filter(None, [told_frozen(freeze(model, options.freeze), model), _told_part(base, model)]))
@@ -95,7 +97,7 @@ def build(
         model, targets = adapted(model, adapter, options, family, earlier, originals, new_ids=new_ids)
         coverage = measure(found, model)
         refuse_unaccepted(coverage, adapter)
-        leaves = targets.short()
+        leaves, lost = targets.short(), targets.lost
         note = "; ".join(filter(None, [targets.assumed, *coverage.sentences()]))
     numbers = count(sum(place.parameters for place in found))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -111,6 +113,7 @@ def build(
         quantized=held,
         trained=trained,
         first=first_values(model) if leaves else {},
+        lost=lost,
     )
 
 
@@ -173,7 +176,7 @@ def _with_lost(targets: Targets, wrapped: Any) -> Targets:
         f"the installed PEFT by itself loses {len(lost)} matrices of this adapter when it opens it, as {lost[0]}; "
         "finetune evaluate and merge read all of them, so serve it merged"
     )
-    return replace(targets, assumed="; ".join(filter(None, [targets.assumed, told])))
+    return replace(targets, assumed="; ".join(filter(None, [targets.assumed, told])), lost=len(lost))
 
 
 def _weights(found: list[Place], options: ModelOptions, adapter: AdapterOptions, base: Base, kept: Precision) -> str:

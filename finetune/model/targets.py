@@ -31,11 +31,13 @@ class Targets:
         modules: full names of linear layers, as `model.named_modules` gives them.
         parameters: full names of fused experts, as `model.named_parameters` gives them.
         assumed: what was assumed where no family file knows the model; empty otherwise.
+        lost: how many matrices of such an adapter plain PEFT loses when it opens it.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...] = ()
     assumed: str = ""
+    lost: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ class CardFacts:
         versions: package to version.
         library: "peft" for an adapter, "transformers" for whole weights.
         longer: whether it has tokens that the base lacks.
+        loads: which of transformers' classes loads the base.
+        lost: how many of an adapter's matrices plain PEFT loses when it opens it.
     """
 
     title: str
@@ -41,6 +43,8 @@ class CardFacts:
     library: str = "peft"
     tags: tuple[str, ...] = field(default=("finetune",))
     longer: bool = False
+    loads: str = "AutoModelForCausalLM"
+    lost: int = 0
 
 
 def base_facts(name_or_path: str, folder: Path | None) -> tuple[str, str | None]:
@@ -92,7 +96,6 @@ def card(facts: CardFacts) -> str:
     matter["tags"] = list(facts.tags)
     rows = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.figures.items())
     stack = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    use = "peft, new tokens" if facts.longer and facts.library == "peft" else facts.library
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     return f"""---
 {front}---
@@ -107,18 +110,31 @@ def card(facts: CardFacts) -> str:
 
 ## Use
 
-{_USE[use].replace("BASE", facts.base)}
+{_use(facts)}
 
 Made with {stack}.
 """
 
 
+def _use(facts: CardFacts) -> str:
+    """How to load it."""
+    if facts.lost:
+        return (
+            f"PEFT by itself loses {facts.lost} matrices of this adapter when it opens it, so merge it first, and load "
+            "what that gives with transformers: `finetune merge` with the folder of the run."
+        )
+    way = facts.library
+    if facts.longer and way == "peft":
+        way = "peft, new tokens" if facts.loads == "AutoModelForCausalLM" else "peft, new tokens, resized"
+    return _USE[way].replace("AUTO", facts.loads).replace("BASE", facts.base)
+
+
 _USE = {
     "peft": """```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AUTO, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("BASE")
+base = AUTO.from_pretrained("BASE")
 model = PeftModel.from_pretrained(base, "this folder")
 tokenizer = AutoTokenizer.from_pretrained("BASE")
 ```""",
@@ -129,10 +145,19 @@ from transformers import AutoTokenizer
 model = AutoPeftModelForCausalLM.from_pretrained("this folder")  # gives the base rows for the new tokens first
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```""",
-    "transformers": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    "peft, new tokens, resized": """```python
+from peft import PeftModel
+from transformers import AUTO, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+base = AUTO.from_pretrained("BASE")
+base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))
+model = PeftModel.from_pretrained(base, "this folder")
+```""",
+    "transformers": """```python
+from transformers import AUTO, AutoTokenizer
+
+model = AUTO.from_pretrained("this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```""",
 }
@@ -148,6 +173,8 @@ def trained_card(
     counts: dict[str, Any],
     figures: dict[str, Any],
     library: str,
+    loads: str = "AutoModelForCausalLM",
+    lost: int = 0,
 ) -> str:
     """The card of what a run trained.
 
@@ -159,6 +186,8 @@ def trained_card(
         counts: `rows_kept` and `trained_tokens` of the training data.
         figures: what was measured.
         library: "peft" or "transformers".
+        loads: which of transformers' classes loads the base.
+        lost: how many of the adapter's matrices plain PEFT loses.
     """
     name, licence = base_facts(model.name_or_path, base_folder)
     settings = {
@@ -179,6 +208,8 @@ def trained_card(
             versions={key: value for key, value in versions().items() if key in _NAMED},
             library=library,
             longer=bool(model.new_tokens or model.new_special_tokens),
+            loads=loads,
+            lost=lost,
         )
     )
 
