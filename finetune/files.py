@@ -280,7 +280,7 @@ def commit_folder(staging: Path, target: Path, facts: dict[str, Any], known: dic
         facts: what the manifest says beside files and hashes.
         known: what `write_hashed` gave for files that it wrote; the others are hashed here.
     """
-    files = {name: known.get(name) or _facts(path) for name, path in _files(staging).items()}
+    files = known | {name: _facts(path) for name, path in _files(staging).items() if name not in known}
     write_hashed(staging / MANIFEST, [manifest_text(facts, files).encode("utf-8")])
     fsync_tree(staging)
     os.chmod(staging, 0o777 & ~_umask())

@@ -123,11 +123,11 @@ def main(argv: list[str]) -> int:
 
 
 def train(argv: list[str]) -> int:
-    """The same by the door of launchers; the fault strikes on rank 0, which writes."""
+    """The same by the door of launchers; the fault strikes on one rank, 0 unless FAULT_RANK names another."""
     from finetune.train import main as story
 
     kind, at, below = os.environ["FAULT"].split(":")
-    if os.environ["RANK"] != "0":
+    if os.environ["RANK"] != os.environ.get("FAULT_RANK", "0"):
         return story(argv)
     with faulty(kind, int(at), below):
         return story(argv)
@@ -135,14 +135,32 @@ def train(argv: list[str]) -> int:
 
 def no_pickle(argv: list[str]) -> int:
     """The command line in a process that may unpickle no class or function from a file of the run."""
+    from finetune.cli.main import main as command_line
+
+    _forbid_pickles()
+    return command_line(argv)
+
+
+def no_pickle_here(argv: list[str]) -> int:
+    """The same by the door of launchers; torch's own collectives of objects aside, which are no files."""
+    from finetune.train import main as story
+
+    _forbid_pickles(besides=("torch/distributed/distributed_c10d.py",))
+    return story(argv)
+
+
+def _forbid_pickles(besides: tuple[str, ...] = ()) -> None:
     import pickle
     import sys
 
-    from finetune.cli.main import main as command_line
-
     def watch(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "pickle.find_class":
-            raise pickle.UnpicklingError(f"unpickles {arguments}")
+        if event != "pickle.find_class":
+            return
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename.endswith(besides):
+                return
+            frame = frame.f_back  # type: ignore[assignment]
+        raise pickle.UnpicklingError(f"unpickles {arguments}")
 
     sys.addaudithook(watch)
-    return command_line(argv)

@@ -162,14 +162,19 @@ def test_the_newest_checkpoint_says_what_the_run_was_made_of(run: RunFolder) -> 
     assert find(run, {**made_of, "found": {"parallelism": WHOLE, "world_size": 1}}, []).checkpoint is None
 
 
-def test_shards_are_not_read_by_another_number_of_processes(run: RunFolder) -> None:
+def test_what_a_checkpoints_state_is_tied_to_cannot_be_accepted(run: RunFolder) -> None:
     made_of = {"recipe": {}, "found": {"parallelism": "DeepSpeed ZeRO-2", "world_size": 2}}
-    write_json(run.record, {"recipe_hash": "abc", "made_of": made_of})
     fewer = {"recipe": {}, "found": {"parallelism": "DeepSpeed ZeRO-2", "world_size": 1}}
+    shutil.rmtree(run.checkpoints / "checkpoint-4", ignore_errors=True)
+    for step, bound in ((6, []), (8, ["parallelism", "world_size"])):
+        with staged_folder(run.checkpoints / f"checkpoint-{step}", {"made_of": made_of, "bound": bound}):
+            pass
+        if not bound:
+            assert len(find(run, fewer, ["world_size"]).accepted) == 1
     with pytest.raises(RefusedError, match=r"world_size: 2 → 1 \(cannot be accepted"):
         find(run, fewer, ["world_size"])
     with pytest.raises(RefusedError, match=r"parallelism: DeepSpeed ZeRO-2 → .* \(cannot be accepted"):
-        find(run, {"recipe": {}, "found": {"parallelism": WHOLE, "world_size": 2}}, ["world_size"])
+        find(run, {"recipe": {}, "found": {"parallelism": WHOLE, "world_size": 2}}, ["parallelism"])
 
 
 def test_a_run_that_kept_no_keys_is_another_recipes(run: RunFolder) -> None:

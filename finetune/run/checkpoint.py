@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from finetune.errors import ExportError, NonFiniteError
 from finetune.files import commit_folder, disk_errors, write_hashed
-from finetune.run.checkpoint_state import ADAPTER, TRAINED, Snapshot
+from finetune.run.checkpoint_state import ADAPTER, TRAINED, WEIGHT, Snapshot
 from finetune.run.checkpoint_tree import write_tensors
 from finetune.run.folder import now
 
@@ -46,16 +46,64 @@ def write(taken: Snapshot, target: Path, go_on: Callable[[], None], keep: bool =
     """
     staging = staging_of(target)
     with disk_errors(target):
-        shutil.rmtree(staging, ignore_errors=True)
-        os.mkdir(staging)
+        begin(target)
         try:
-            known = {name: write_tensors(staging / name, held, go_on) for name, held in taken.tensors.items()}
-            known |= {name: write_hashed(staging / name, [content]) for name, content in taken.plain.items()}
-            _compare(taken, staging)
+            known = lay(taken, staging, go_on)
             if keep:
                 commit_folder(staging, target, manifest_facts(taken.step, taken.facts), known)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    return on_disk(known)
+
+
+def begin(target: Path) -> None:
+    """Make an empty folder for the files of a checkpoint."""
+    shutil.rmtree(staging_of(target), ignore_errors=True)
+    os.mkdir(staging_of(target))
+
+
+def lay(taken: Snapshot, staging: Path, go_on: Callable[[], None]) -> dict[str, dict[str, Any]]:
+    """Write the files of a snapshot and open them again; gives their sizes and hashes."""
+    known = {name: write_tensors(staging / name, held, go_on) for name, held in taken.tensors.items()}
+    known |= {name: write_hashed(staging / name, [content]) for name, content in taken.plain.items()}
+    _compare(taken, staging)
+    return known
+
+
+def commit_parts(
+    target: Path, step: int, facts: dict[str, Any], known: dict[str, dict[str, Any]], keep: bool = True
+) -> int:
+    """Complete a checkpoint whose files several processes have written.
+
+    Args:
+        target: its folder.
+        step: optimizer steps made.
+        facts: what the manifest says of the run.
+        known: size and hash of every file, as those who wrote them say.
+        keep: whether it stays; else it is removed.
+
+    Returns:
+        The bytes it takes on the disk.
+
+    Raises:
+        ExportError: a file of another process is not to be seen here.
+    """
+    staging = staging_of(target)
+    with disk_errors(target):
+        for name, told in known.items():
+            if not (staging / name).is_file() or (staging / name).stat().st_size != told["bytes"]:
+                raise ExportError(
+                    f"{target}: {name}, which another process has written, is not to be seen by rank 0; output_dir "
+                    "must lie on a disk that all machines share"
+                )
+        if keep:
+            commit_folder(staging, target, manifest_facts(step, facts), known)
+        shutil.rmtree(staging, ignore_errors=True)
+    return on_disk(known)
+
+
+def on_disk(known: dict[str, dict[str, Any]]) -> int:
+    """The bytes that files take."""
     return sum(-(-facts["bytes"] // _BLOCK) * _BLOCK for facts in known.values())
 
 
@@ -79,7 +127,7 @@ def _compare(taken: Snapshot, staging: Path) -> None:
             faults += [f"{file}: {name} was not meant" for name in sorted(found - meant.keys())]
             for name in sorted(found & meant.keys()):
                 tensor = meant[name]
-                if file in (ADAPTER, TRAINED):
+                if file in (ADAPTER, TRAINED) or name.startswith(f"{WEIGHT}/"):
                     if not bool(torch.isfinite(tensor).all()):
                         raise NonFiniteError(f"step {taken.step}: {name} is not finite; this state is not kept")
                     if not torch.equal(opened.get_tensor(name), tensor):

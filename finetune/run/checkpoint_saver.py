@@ -4,29 +4,32 @@
     after the first step of this process:                     a probe, written, opened again and removed
 
 The loop pays for a copy of the state; a thread of rank 0 writes it (run/checkpoint_writer.py). What fails there shows
-after the next step. Where DeepSpeed or FSDP spread the state over the ranks, each rank writes its own part of the
-staged folder while the loop waits, and rank 0 commits the set.
+after the next step. Where DeepSpeed or FSDP spread the state over the ranks, a thread of each rank writes its part of
+the staged folder, and one of rank 0 commits the set. How far they are is agreed on after each step while a save is
+under way, so that what fails on one rank is told by all after the same step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.errors import DiskError, ExportError, FinetuneError, NonFiniteError, RefusedError
-from finetune.files import commit_folder, disk_errors
-from finetune.run.checkpoint import manifest_facts, write
-from finetune.run.checkpoint_state import ADAPTER, adapter_config, places, rng_state, snapshot, trained_weights
+from finetune.errors import DiskError, ExportError, FinetuneError, RefusedError
+from finetune.files import disk_errors
+from finetune.run.checkpoint import begin, commit_parts, lay, staging_of, write
+from finetune.run.checkpoint_parts import is_by_number, snapshot_part
+from finetune.run.checkpoint_state import adapter_config, places, rng_state, snapshot, trained_weights
 from finetune.run.checkpoint_tree import Copies
 from finetune.run.checkpoint_writer import Writer
 from finetune.run.folder import RunFolder, need_room
@@ -35,10 +38,28 @@ if TYPE_CHECKING:
     from finetune.run.checkpoint_state import Snapshot
     from finetune.run.trainer import Trainer
 
-# What the stock trainer adds to a checkpoint and nobody reads at a resume: pickled arguments with the hub token in
-# clear text, and peft's model card of placeholders.
-_NOT_KEPT = ("training_args.bin", "README.md")
 _SECONDS_AT_ONCE = 5.0  # how long a second signal waits for a write that goes on
+
+
+@dataclass
+class _Parts:
+    """A save that all ranks take part in and that is under way.
+
+    Attributes:
+        target: the checkpoint's folder.
+        step: optimizer steps made.
+        keep: whether it stays.
+        facts: what its manifest says, on rank 0.
+        known: size and hash of what this rank has written; on rank 0, once all have, of all files.
+        is_laid: whether every rank has written its part.
+    """
+
+    target: Path
+    step: int
+    keep: bool
+    facts: dict[str, Any]
+    known: dict[str, dict[str, Any]]
+    is_laid: bool = False
 
 
 class Saver(TrainerCallback):
@@ -66,12 +87,15 @@ class Saver(TrainerCallback):
         self._whole: set[Path] = set()
         self._probed = False  # whether the first write of this process was begun
         self._first = True  # whether the last write that was begun is that
+        self._parts: _Parts | None = None
 
     # -- when --------------------------------------------------------------------------------------------------------
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Raise what the last write failed with, and probe once, unless this very step is saved anyway."""
-        if not self._writer.busy:
+        if self._parts is not None:
+            self._proceed(wait=False)
+        elif not self._writer.busy:
             self._surface()
         if not self._probed and not control.should_save:
             self._save(keep=False)
@@ -87,17 +111,28 @@ class Saver(TrainerCallback):
         self._asked = self._trainer.state.global_step
         self._save(keep=True)
 
-    def finish(self, at_once: bool = False) -> None:
-        """Wait until the last checkpoint is on the disk.
-
-        Args:
-            at_once: give a write up that takes longer than a few seconds.
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk; where the state is spread all ranks call it.
 
         Raises:
             DiskError: it could not be written, and training.on_save_error says stop.
         """
-        self._writer.wait(_SECONDS_AT_ONCE if at_once else None)
+        if self._parts is not None:
+            self._proceed(wait=True)
+        self._writer.wait()
         self._surface()
+
+    def give_up(self, at_once: bool = False) -> None:
+        """End this rank's write, after an error that the others may not have met: a set of parts stays incomplete.
+
+        Args:
+            at_once: give a write up that takes longer than a few seconds.
+        """
+        self._writer.wait(_SECONDS_AT_ONCE if at_once else None)
+        if self._parts is None:
+            self._surface()
+        elif self._trainer.args.should_save:
+            shutil.rmtree(staging_of(self._parts.target), ignore_errors=True)
 
     def insist(self, step: int) -> None:
         """Raise unless the checkpoint of `step` is whole: it is about to be named as where the run goes on.
@@ -140,8 +175,10 @@ class Saver(TrainerCallback):
         first, self._probed = not self._probed, True
         trainer.store_flos()
         if trainer.is_sharded:
+            if self._parts is not None:
+                self._proceed(wait=True)
             self._first = first
-            self._save_parts(target, keep)
+            self._begin_parts(target, keep)
         else:
             ranks = self._gathered(step)
             if trainer.args.should_save:
@@ -182,10 +219,28 @@ class Saver(TrainerCallback):
                 and "eval_loss" in entry]  # fmt: skip
         finite = here and math.isfinite(here[-1])
         return {
-            "world_size": trainer.args.world_size,
+            "bound": self._bound(),
             "validation_loss": here[-1] if finite else None,
             "made_of": self.made_of,
         }
+
+    def _bound(self) -> list[str]:
+        """What cannot differ when a run goes on from here, because the optimizer's state is tied to it."""
+        if self._by_number and not self._trainer.args.fp16:  # a scaler of losses is each way's own
+            return []
+        return ["parallelism", "world_size"] if self._trainer.is_sharded and not self._by_number else ["parallelism"]
+
+    @functools.cached_property
+    def _by_number(self) -> bool:
+        """Whether every rank's optimizer keeps a number beside each number; asked after a step, when it has state."""
+        if not self._trainer.is_sharded:
+            with contextlib.suppress(RefusedError):
+                return is_by_number(self._trainer.layout)
+            return False
+        mine = is_by_number(self._trainer.layout)
+        odd = torch.tensor([0.0 if mine else 1.0], device=self._trainer.args.device)
+        dist.all_reduce(odd, op=dist.ReduceOp.MAX)
+        return not odd.item()
 
     def _gathered(self, step: int) -> list[Any]:
         """The random numbers of every rank, after a look at whether all hold the same weights."""
@@ -205,34 +260,72 @@ class Saver(TrainerCallback):
 
     # -- states that are spread over ranks ---------------------------------------------------------------------------
 
-    @property
-    def staging(self) -> Path:
-        """Where the stock trainer, DeepSpeed and FSDP write theirs."""
-        return self._folder.checkpoints / ".staging.tmp"
-
-    def _save_parts(self, target: Path, keep: bool) -> None:
-        """Every rank writes its part; a failure of one is a failure of all."""
+    def _begin_parts(self, target: Path, keep: bool) -> None:
+        """Copy what this rank holds, and begin to write it."""
         trainer = self._trainer
-        main = trainer.args.should_save
+        parts = _Parts(target, trainer.state.global_step, keep, {}, {})
         try:
-            # Each part ends in a collective of all ranks, so that none waits for one that has failed before.
-            for own, part in (
-                (main, self._clear),
-                (True, trainer.stock_checkpoint),
-                (main, functools.partial(self._commit, self.staging / target.name, target, keep)),
-            ):
-                self._together(target, part if own else None)
+            taken = snapshot_part(trainer, trainer.layout, self._by_number, self._copies)
+            parts.facts = self._facts()
+            self._together(target, functools.partial(begin, target) if trainer.args.should_save else None)
         except DiskError as error:
             self._failed(error)
-        else:
-            self.newest = trainer.state.global_step if keep else self.newest
-        finally:
-            if main:
-                shutil.rmtree(self.staging, ignore_errors=True)
+            return
 
-    def _clear(self) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir(parents=True)
+        def write_part(go_on: Callable[[], None]) -> None:
+            with disk_errors(target):
+                parts.known = lay(taken, staging_of(target), go_on)
+
+        self._parts = parts
+        self._writer.start(write_part)
+
+    def _proceed(self, wait: bool) -> None:
+        """Find out together how far the save is, and take the next step of it; with `wait`, all of them.
+
+        Raises:
+            DiskError: a rank could not write, and training.on_save_error says stop.
+        """
+        while (parts := self._parts) is not None:
+            if wait:
+                self._writer.wait()
+            if self._is_busy_anywhere():
+                return
+            try:
+                self._together(parts.target, self._writer.raise_failure)
+                if not parts.is_laid:
+                    self._commit(parts)
+                    continue
+            except DiskError as error:
+                self._parts = None
+                if self._trainer.args.should_save:
+                    shutil.rmtree(staging_of(parts.target), ignore_errors=True)
+                self._failed(error)
+                return
+            self._parts = None
+            self.newest = parts.step if parts.keep else self.newest
+
+    def _is_busy_anywhere(self) -> bool:
+        busy = torch.tensor([float(self._writer.busy)], device=self._trainer.args.device)
+        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+        return bool(busy.item())
+
+    def _commit(self, parts: _Parts) -> None:
+        """All parts are on the disk: rank 0 completes the folder, beside the training."""
+        every: list[Any] = [None] * self._trainer.args.world_size
+        dist.all_gather_object(every, parts.known)
+        parts.is_laid = True
+        if self._trainer.args.should_save:
+            parts.known = {name: told for known in every for name, told in known.items()}
+            self._writer.start(lambda go_on: self._complete(parts))
+
+    def _complete(self, parts: _Parts) -> None:
+        size = commit_parts(parts.target, parts.step, parts.facts, parts.known, parts.keep)
+        if parts.keep:
+            with disk_errors(parts.target):
+                self._whole.add(parts.target)
+                self._folder.rotate(self._trainer.args.save_total_limit, self._whole)
+        if self._first:
+            self._need_room(size)
 
     def _together(self, target: Path, part: Callable[[], None] | None) -> None:
         """Do this rank's part, None without one, and raise on every rank what failed on any."""
@@ -251,41 +344,6 @@ class Saver(TrainerCallback):
         if bad.item():
             kind = DiskError if bad.item() == 1.0 else ExportError
             raise kind(f"{target}: another rank could not write it")
-
-    def _commit(self, staged: Path, target: Path, keep: bool) -> None:
-        for name in _NOT_KEPT:
-            for path in staged.rglob(name):
-                path.unlink()
-        _refuse_unfit(staged, trained_weights(self._trainer.model).keys(), self._trainer.state.global_step)
-        size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
-        if keep:
-            commit_folder(staged, target, manifest_facts(self._trainer.state.global_step, self._facts()), {})
-            self._whole.add(target)
-            self._folder.rotate(self._trainer.args.save_total_limit, self._whole)
-        if self._first:
-            self._need_room(size)
-
-
-def _refuse_unfit(staged: Path, trained: Collection[str], step: int) -> None:
-    """An adapter that was gathered from its parts must be whole: upstream writes empty tensors, or fewer, unsaid.
-
-    Raises:
-        ExportError: it is not.
-        NonFiniteError: a weight in it is not finite.
-    """
-    if not (staged / ADAPTER).is_file():
-        return
-    with safe_open(staged / ADAPTER, framework="pt") as opened:
-        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
-        broken = [name for name in sorted(shapes) if not bool(torch.isfinite(opened.get_tensor(name)).all())]
-    empty = sorted(name for name, shape in shapes.items() if 0 in shape)
-    if empty or len(shapes) < len(trained):
-        raise ExportError(
-            f"{ADAPTER}: {len(shapes)} tensors of {len(trained)} that are trained, {len(empty)} of them empty"
-            + (f", as {empty[0]}" if empty else "")
-        )
-    if broken:
-        raise NonFiniteError(f"step {step}: {broken[0]} is not finite; this state is not kept")
 
 
 def _sums(trainer: Trainer) -> list[int]:

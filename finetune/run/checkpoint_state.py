@@ -11,20 +11,18 @@ A checkpoint folder:
     optimizer.pt                in place of the optimizer's part, where it keeps what the two cannot hold
     manifest.json               size and hash of every file, what the run was made of, and a seal
 
-The frozen base is in none of them. The manifest's hashes are checked before anything is read.
+Where the state is spread over the processes the files are those of run/checkpoint_parts.py. The frozen base is in none
+of them. The manifest's hashes are checked before anything is read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
-import os
 import random
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +35,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.errors import EnvironmentFault, RefusedError
-from finetune.files import write_hashed
 from finetune.run.checkpoint_tree import Copies, Unfit, flatten, json_bytes, rebuild
 
 if TYPE_CHECKING:
@@ -49,6 +46,7 @@ TRAINED = "trained.safetensors"
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 TRAINER_STATE = "trainer_state.json"
 FOREIGN = "optimizer.pt"
+WEIGHT = "weight"  # before the names of weights in the file of a part
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,10 @@ def snapshot(
     if config is not None:
         plain[ADAPTER_CONFIG] = config
     weights = {name: list(place) for name, place in where.items()}
-    plain[STATE] = json_bytes({"weights": weights, "state": tree, "ranks": flatten(ranks, copies)[0]})
+    called = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    names = [[called.get(id(one), "") for one in group["params"]] for group in trainer.optimizer.param_groups]
+    stated = {"weights": weights, "names": names, "state": tree, "ranks": flatten(ranks, copies)[0]}
+    plain[STATE] = json_bytes(stated)
     plain[TRAINER_STATE] = trainer_state(trainer)
     return Snapshot(trainer.state.global_step, tensors, plain)
 
@@ -169,9 +170,8 @@ def restore_weights(model: nn.Module, checkpoint: Path) -> None:
         RefusedError: they are not the weights that this model trains.
     """
     trained = trained_weights(model)
-    where = {name: tuple(place) for name, place in _read(checkpoint)["weights"].items()}
-    faults = [f"  {name}: trained now, not in the checkpoint" for name in sorted(trained.keys() - where.keys())]
-    faults += [f"  {name}: in the checkpoint, not trained now" for name in sorted(where.keys() - trained.keys())]
+    where = {name: tuple(place) for name, place in read_state(checkpoint)["weights"].items()}
+    faults = _odd(where.keys(), trained.keys())
     found: dict[str, Tensor] = {}
     for file in sorted({file for file, _ in where.values()}):
         with safe_open(checkpoint / file, framework="pt") as opened:
@@ -182,6 +182,19 @@ def restore_weights(model: nn.Module, checkpoint: Path) -> None:
                 else:
                     kinds = [f"{one.dtype} {tuple(one.shape)}".removeprefix("torch.") for one in (tensor, now)]
                     faults.append(f"  {name}: {kinds[0]} in the checkpoint, {kinds[1]} now")
+    _refuse(checkpoint, faults)
+    with torch.no_grad():
+        for name, tensor in found.items():
+            trained[name].copy_(tensor)
+
+
+def _odd(kept: Collection[str], trained: Collection[str]) -> list[str]:
+    """The weights that are trained on one side only."""
+    faults = [f"  {name}: trained now, not in the checkpoint" for name in sorted(set(trained) - set(kept))]
+    return faults + [f"  {name}: in the checkpoint, not trained now" for name in sorted(set(kept) - set(trained))]
+
+
+def _refuse(checkpoint: Path, faults: list[str]) -> None:
     if faults:
         more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise RefusedError(
@@ -189,9 +202,21 @@ def restore_weights(model: nn.Module, checkpoint: Path) -> None:
             + "\n".join(faults[:10]) + more
             + "\nUndo the change of the adapter or the base, choose another output_dir, or pass --overwrite"
         )  # fmt: skip
-    with torch.no_grad():
-        for name, tensor in found.items():
-            trained[name].copy_(tensor)
+
+
+def refuse_other_weights(
+    checkpoint: Path, kept: Mapping[str, tuple[int, ...]], trained: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare the shapes of the weights in a checkpoint with those that are trained, by name.
+
+    Raises:
+        RefusedError: they differ.
+    """
+    faults = _odd(kept.keys(), trained.keys())
+    for name in sorted(kept.keys() & trained.keys()):
+        if kept[name] != trained[name]:
+            faults.append(f"  {name}: {kept[name]} in the checkpoint, {trained[name]} now")
+    _refuse(checkpoint, faults)
 
 
 def restore_state(trainer: Trainer, checkpoint: Path) -> None:
@@ -241,7 +266,8 @@ class Numbers:
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _read(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
     value: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return value
 
@@ -251,7 +277,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     if (checkpoint / STATE_TENSORS).is_file():
         with safe_open(checkpoint / STATE_TENSORS, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-    state: dict[str, Any] = rebuild(_read(checkpoint)["state"], tensors)
+    state: dict[str, Any] = rebuild(read_state(checkpoint)["state"], tensors)
     return state
 
 
@@ -285,19 +311,14 @@ def _bytes(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def write_rank(folder: Path, rank: int, device: torch.device) -> None:
-    """Write the random numbers of this rank by itself, beside what DeepSpeed or FSDP write of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_hashed(folder / f"rank-{rank}.json", [json_bytes(flatten(rng_state(device), Copies())[0])])
-
-
 def _ranks(checkpoint: Path) -> list[Any]:
     """The random numbers of every rank, rank 0 first."""
-    if (checkpoint / STATE).is_file():
-        ranks: list[Any] = rebuild(_read(checkpoint)["ranks"], {})
+    stated = read_state(checkpoint)
+    if "parts" not in stated:
+        ranks: list[Any] = rebuild(stated["ranks"], {})
         return ranks
-    files = sorted(checkpoint.glob("rank-*.json"), key=lambda path: int(path.stem.split("-")[1]))
-    return [rebuild(json.loads(path.read_text(encoding="utf-8")), {}) for path in files]
+    files = [checkpoint / f"part-{rank}.json" for rank in range(stated["parts"])]
+    return [rebuild(json.loads(path.read_text(encoding="utf-8"))["random"], {}) for path in files]
 
 
 def restore_rng(checkpoint: Path, rank: int, seed: int, device: torch.device) -> None:
@@ -311,30 +332,3 @@ def restore_rng(checkpoint: Path, rank: int, seed: int, device: torch.device) ->
     random.seed(own)
     np.random.seed(own)
     torch.manual_seed(own)
-
-
-# -- DeepSpeed's files ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def only_weights() -> Iterator[None]:
-    """Have torch read tensors and plain values alone, whatever its caller asks for: DeepSpeed asks for any pickle."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals(_harmless()):
-            yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
-
-
-def _harmless() -> list[Any]:
-    """DeepSpeed's own classes in its checkpoints: a loss scaler, the stage, and where a flat tensor's parts lie."""
-    if sys.modules.get("deepspeed") is None:  # not imported, or hidden for a quick start (finetune/lean.py)
-        return []
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]

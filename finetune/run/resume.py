@@ -37,12 +37,13 @@ _FIXED = {
     "adapter.layers_to_transform": _SHAPE, "adapter.modules_to_save": _SHAPE, "adapter.trainable_token_indices": _SHAPE,
     "adapter.init_lora_weights": "the adapter began from other weights, and the base with it",
     "derived.adapter.target_modules": _SHAPE, "training.global_batch_size": _PLACE, "training.optim": _STATE,
-    "training.method": _STATE, "parallelism": "each way of sharing the state has files of its own",
+    "training.method": _STATE,
 }  # fmt: skip
 WHOLE = "every process holds the whole state"  # as against shards of it
 
 # What `found` holds, by the first part of its names.
-_FOUND = ("data", "base", "template", "tokenizer", "versions", "world_size", "device", "derived", "continued_from")
+_FOUND = ("data", "base", "template", "tokenizer", "versions", "world_size", "parallelism", "device", "derived",
+          "continued_from")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _why_fixed(drift: Drift, fixed: Collection[str]) -> str:
         return _FIXED[drift.name]
     if drift.name == "adapter.loraplus_lr_ratio" and None in (drift.old, drift.new):
         return "the saved optimizer state has other groups of parameters"  # from ratio to ratio they stay
-    return "its state is shared by rank" if drift.name in fixed else ""
+    return "the optimizer's state is tied to it" if drift.name in fixed else ""
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -218,8 +219,8 @@ def find(folder: RunFolder, made_of: Mapping[str, Any], allowed: Collection[str]
         RefusedError: it is made of other things, and that was not allowed.
     """
     newest, passed_over = folder.newest_checkpoint()
-    before = read_json(newest / MANIFEST)["made_of"] if newest else read_json(folder.record).get("made_of", {})
+    manifest = read_json(newest / MANIFEST) if newest else read_json(folder.record)
+    before = manifest.get("made_of", {})
     changed = [drift for part in ("recipe", "found") for drift in drifts(before.get(part, {}), made_of[part])]
-    fixed = () if made_of["found"]["parallelism"] == WHOLE else ("world_size",)
-    accepted = accept(changed, folder, allowed, fixed)
+    accepted = accept(changed, folder, allowed, manifest.get("bound", ()))
     return ResumePoint(str(newest) if newest else None, tuple(passed_over), accepted)

@@ -9,6 +9,7 @@ over tokens, not over batches), checkpoints that appear whole or not at all, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +28,14 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
 from finetune.errors import DiskError, NonFiniteError, RecipeError
-from finetune.files import existing_parent
+from finetune.files import MANIFEST, existing_parent
+from finetune.run.checkpoint_parts import has_parts, restore_parts
 from finetune.run.checkpoint_saver import Saver
-from finetune.run.checkpoint_state import Numbers, only_weights, restore_rng, restore_state, restore_weights, write_rank
-from finetune.run.folder import RunFolder
+from finetune.run.checkpoint_state import Numbers, restore_rng, restore_state, restore_weights
+from finetune.run.folder import RunFolder, read_json
 from finetune.run.loss import IGNORED, TrainedTokenLoss, trained_positions
 from finetune.run.resume import WHOLE
+from finetune.run.slots import Layout, layout_of
 from finetune.run.spread import partition
 
 
@@ -410,7 +413,7 @@ class Trainer(SFTTrainer):
             outcome = super().train(*arguments, **named)
         except BaseException as error:
             with contextlib.suppress(DiskError):  # what ended the run is told instead
-                self.saver.finish(at_once=isinstance(error, KeyboardInterrupt))
+                self.saver.give_up(at_once=isinstance(error, KeyboardInterrupt))
             raise
         self.saver.finish()
         return outcome
@@ -425,50 +428,43 @@ class Trainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         self.saver.save()
 
-    def stock_checkpoint(self) -> None:
-        """The stock trainer's files, which DeepSpeed or FSDP write, in the saver's staging folder; on all ranks."""
-        super()._save_checkpoint(self.model_wrapped, None)
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self.saver.staging)
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Which piece of the trained state this process holds; once model and optimizer are wrapped."""
+        return layout_of(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        """Called before the model is wrapped, which is when a whole state is put back into it."""
+        if not has_parts(Path(resume_from_checkpoint)):
             restore_weights(self.model, Path(resume_from_checkpoint))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The stock trainer's; called between the wrapping of the optimizer and the load of its state."""
+        """The stock trainer's; called after the wrapping of the optimizer."""
         made = super().create_scheduler(num_training_steps, optimizer)
         self._numbers = Numbers.of(self.optimizer, made)
         return made
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Wraps model and optimizer; then the state is put back, which the stock trainer would read from pickles."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._go_on(Path(resume_from_checkpoint))
+        return prepared
+
+    def _go_on(self, checkpoint: Path) -> None:
         self.saver.continues(self.state.global_step)
-        if self.is_sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_sharded or has_parts(checkpoint):
+            made = read_json(checkpoint / MANIFEST)["made_of"]["found"]
+            same = (made["parallelism"], made["world_size"]) == (self.parallelism, self.args.world_size)
+            restore_parts(self, self.layout, checkpoint, same)
         else:
-            restore_state(self, Path(checkpoint))
+            restore_state(self, checkpoint)
         if self.saver.changed:
             self._numbers.count_again(self.optimizer, self.lr_scheduler)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.is_sharded:
-            super()._load_scaler(checkpoint)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        write_rank(Path(output_dir), self.args.process_index, self.args.device)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             restore_rng(Path(checkpoint), self.args.process_index, self.args.seed, self.args.device)
-
-    def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
-        with only_weights():
-            return super()._prepare_for_training(*arguments, **named)
 
 
 def _finite(value: Any) -> bool:

@@ -1,0 +1,411 @@
+"""Checkpoints of a state that is spread over the processes: each writes the pieces it holds, under the weights' names.
+
+    part-R.safetensors      what rank R holds: weight/NAME, and exp_avg/NAME and its like, each a run of numbers (N,)
+    part-R.json             where each run begins in its weight; the steps of each; the random numbers of the rank
+    state.json              what is trained, the groups of parameters, schedule and scaler
+    adapter_model.safetensors, adapter_config.json, trainer_state.json: as in a checkpoint of one process
+
+Since places are those of whole weights, any number of processes in any mode can go on from such a folder, and from one
+of a single process: whoever needs a run of numbers reads it, from as many files as hold some of it. Weights stand in
+the precision in which the optimizer steps them, so nothing is rounded on the way.
+
+An optimizer whose state is no number beside each number of the weight (8-bit moments share scales among their
+neighbours) is kept as this process has it, and only the same mode on as many processes can go on from that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor
+
+from finetune.errors import EnvironmentFault, RefusedError
+from finetune.run.checkpoint_state import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    STATE,
+    STATE_TENSORS,
+    TRAINER_STATE,
+    WEIGHT,
+    Snapshot,
+    adapter_config,
+    read_state,
+    refuse_other_weights,
+    rng_state,
+    trainer_state,
+)
+from finetune.run.checkpoint_tree import Copies, Unfit, flatten, json_bytes, rebuild
+from finetune.run.slots import Layout, Slot, local, plain, take_up
+from finetune.run.spread import whole_weights
+
+if TYPE_CHECKING:
+    from finetune.run.trainer import Trainer
+
+_COUNTED = frozenset({"step"})  # what an optimizer may keep beside tensors of the weight's size
+
+
+def is_by_number(layout: Layout) -> bool:
+    """Whether the optimizer's state is a number beside each number of the weights, and a count of steps."""
+    return all(
+        _is_beside(slot, value) if isinstance(value, Tensor) and value.ndim else name in _COUNTED
+        for slot in layout.slots
+        for name, value in layout.optimizer.state.get(slot.key, {}).items()
+    )
+
+
+def _is_beside(slot: Slot, value: Tensor) -> bool:
+    return local(value).numel() == slot.flat.numel() and value.is_floating_point() and value.element_size() > 1
+
+
+# -- putting down ----------------------------------------------------------------------------------------------------
+
+
+def snapshot_part(trainer: Trainer, layout: Layout, by_number: bool, copies: Copies) -> Snapshot:
+    """Copy what this process holds between two steps; all processes call it, for the adapter is brought together.
+
+    Args:
+        trainer: of the run.
+        layout: of the trainer.
+        by_number: whether `is_by_number` holds on all processes.
+        copies: makes the copies; those of the last snapshot are given up.
+
+    Raises:
+        EnvironmentFault: the optimizer keeps something that could not be read again safely.
+    """
+    copies.begin()
+    args = trainer.args
+    held: dict[str, Tensor] = {}
+    counts: dict[str, Any] = {}
+    for slot in layout.slots:
+        state = layout.optimizer.state.get(slot.key, {}) if by_number else {}
+        beside = {WEIGHT: slot.flat} | {name: local(one) for name, one in state.items() if _has_numbers(one)}
+        held |= {
+            f"{kind}/{piece.name}": copies(value.reshape(-1).narrow(0, piece.offset, piece.count))
+            for kind, value in beside.items()
+            for piece in slot.pieces
+        }
+        plain_values = {name: _number(one) for name, one in state.items() if not _has_numbers(one)}
+        counts |= dict.fromkeys(slot.names, plain_values) if plain_values else {}
+    own = None
+    if not by_number:
+        own, more = _as_it_is(layout, args.optim, copies)
+        held |= {f"own/{name}": value for name, value in more.items()}
+    facts = {
+        "pieces": {piece.name: [piece.start, piece.count] for slot in layout.slots for piece in slot.pieces},
+        "counts": counts,
+        "own": own,
+        "random": flatten(rng_state(args.device), copies)[0],
+    }
+    rank = args.process_index
+    tensors = {f"part-{rank}.safetensors": held}
+    written = {f"part-{rank}.json": json_bytes(facts)}
+    adapter = _adapter(trainer)
+    if args.should_save:
+        if adapter is not None:
+            tensors[ADAPTER] = adapter
+            written[ADAPTER_CONFIG] = adapter_config(trainer.model) or b""
+        written[STATE] = json_bytes(_common(trainer, layout))
+        written[TRAINER_STATE] = trainer_state(trainer)
+    return Snapshot(trainer.state.global_step, tensors, written)
+
+
+def _has_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _number(value: Any) -> Any:
+    """A count of steps, and whether the optimizer has it as a tensor."""
+    if isinstance(value, Tensor):
+        return {"dtype": str(value.dtype).removeprefix("torch."), "value": value.item()}
+    return value
+
+
+def _as_it_is(layout: Layout, name: Any, copies: Copies) -> tuple[Any, dict[str, Tensor]]:
+    """The state of an optimizer that does not go by number, slot by slot."""
+    states = [dict(layout.optimizer.state.get(slot.key, {})) for slot in layout.slots]
+    try:
+        return flatten(states, copies)
+    except Unfit as error:
+        raise EnvironmentFault(
+            f"training.optim: {getattr(name, 'value', name)} keeps state of which no checkpoint can be made where the "
+            f"state is shared by processes ({error}); take adamw_torch"
+        ) from error
+
+
+def _adapter(trainer: Trainer) -> dict[str, Tensor] | None:
+    """The trained weights of the adapter, whole, under PEFT's names, on rank 0; None without an adapter."""
+    model = trainer.model
+    if not isinstance(model, PeftModel):
+        return None
+    trainer.rest()
+    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    whole = whole_weights(named, keep=trainer.args.should_save)
+    if not trainer.args.should_save:
+        return None
+    state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def _common(trainer: Trainer, layout: Layout) -> dict[str, Any]:
+    """What is the same for all processes."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    whole = {
+        "groups": [
+            {key: _plain(value) for key, value in group.items() if key != "params"}
+            for group in layout.optimizer.param_groups
+        ],
+        "schedule": trainer.lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "loss_scale": _loss_scale(layout.zero),
+    }
+    names: list[list[str]] = [[] for _ in layout.optimizer.param_groups]
+    for slot in layout.slots:
+        names[slot.group] += slot.names
+    return {
+        "parts": trainer.args.world_size,
+        "trained": {name: list(shape) for name, shape in layout.shapes.items()},
+        "names": names,
+        "state": flatten(whole, lambda tensor: tensor)[0],
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _loss_scale(zero: Any) -> dict[str, Any] | None:
+    """DeepSpeed's scaler of float16 losses; None in other precisions, where it never changes."""
+    if not getattr(zero, "dynamic_loss_scale", False):
+        return None
+    return {key: value for key, value in vars(zero.loss_scaler).items() if isinstance(value, int | float)}
+
+
+# -- taking up -------------------------------------------------------------------------------------------------------
+
+
+def has_parts(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written by processes that each held a part."""
+    return "parts" in read_state(checkpoint)
+
+
+class Kept:
+    """What a checkpoint knows of each trained weight, whoever wrote it.
+
+    Attributes:
+        shapes: of the weights, by name.
+        common: groups, schedule, scalers.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        """
+        Args:
+            checkpoint: verified.
+
+        Raises:
+            RefusedError: its optimizer's state goes by another key than the weights' names.
+        """
+        stated = read_state(checkpoint)
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
+        self._counts: dict[str, dict[str, Any]] = {}
+        if "parts" in stated:
+            self.common: dict[str, Any] = rebuild(stated["state"], {})
+            self.shapes = {name: tuple(shape) for name, shape in stated["trained"].items()}
+            names = stated["names"]
+            for rank in range(stated["parts"]):
+                self._read_part(checkpoint, rank)
+        else:
+            self._read_whole(checkpoint, stated)
+            names = stated["names"]
+        self._numbers = {
+            name: numbers for group, numbers in zip(names, self.common["groups"], strict=True) for name in group
+        }
+
+    def _read_part(self, checkpoint: Path, rank: int) -> None:
+        facts = json.loads((checkpoint / f"part-{rank}.json").read_text(encoding="utf-8"))
+        self._counts |= facts["counts"]
+        file = checkpoint / f"part-{rank}.safetensors"
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - it is no mapping
+                kind, _, name = key.partition("/")
+                if kind != "own":
+                    self._pieces.setdefault((name, kind), []).append((*facts["pieces"][name], file, key))
+
+    def _read_whole(self, checkpoint: Path, stated: dict[str, Any]) -> None:
+        """A checkpoint of processes that each hold the whole state."""
+        tree = stated["state"]
+        if tree["optimizer"] is None:
+            raise RefusedError(f"{checkpoint}: its optimizer's state is read only by runs of the way that wrote it")
+        state = {int(key): value for key, value in _pairs(tree["optimizer"]["state"])}
+        self.common = {
+            "groups": [
+                {key: value for key, value in rebuild(group, {}).items() if key != "params"}
+                for group in tree["optimizer"]["param_groups"]
+            ],
+            "schedule": rebuild(tree["schedule"], {}),
+            "scaler": None,
+            "loss_scale": None,
+        }
+        self.shapes = {}
+        order = [name for group in stated["names"] for name in group]
+        tensors = checkpoint / STATE_TENSORS
+        for file in sorted({file for file, _ in stated["weights"].values()}):
+            with safe_open(checkpoint / file, framework="pt") as opened:
+                for name, (there, key) in stated["weights"].items():
+                    if there == file:
+                        shape = tuple(opened.get_slice(key).get_shape())
+                        self.shapes[plain(name)] = shape
+                        count = int(torch.Size(shape).numel())
+                        self._pieces[(plain(name), WEIGHT)] = [(0, count, checkpoint / file, key)]
+        with safe_open(tensors, framework="pt") as opened:
+            for number, entries in state.items():
+                name = order[number]
+                for kind, value in entries.items():
+                    if not isinstance(value, dict):
+                        self._counts.setdefault(name, {})[kind] = value
+                        continue
+                    key = value["$tensor"]
+                    piece = opened.get_slice(key)
+                    if piece.get_shape():
+                        count = int(torch.Size(piece.get_shape()).numel())
+                        self._pieces[(name, kind)] = [(0, count, tensors, key)]
+                    else:
+                        self._counts.setdefault(name, {})[kind] = _number(opened.get_tensor(key))
+
+    def kinds(self, names: tuple[str, ...]) -> list[str]:
+        """What the optimizer knows beside the numbers of any of these weights."""
+        wanted = set(names)
+        return list(dict.fromkeys(kind for name, kind in self._pieces if name in wanted and kind != WEIGHT))
+
+    def counts(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """The steps of these weights, which all have made equally many."""
+        return next((self._counts[name] for name in names if name in self._counts), {})
+
+    def numbers(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """What the group of these weights stood at: rate, decay and the like."""
+        return self._numbers[names[0]]
+
+    def fill(self, into: Tensor, name: str, kind: str, start: int) -> None:
+        """Put a run of numbers into a tensor (N,).
+
+        Args:
+            into: of any device; what is read is cast to its precision.
+            name: of the weight.
+            kind: WEIGHT, or one of `kinds`.
+            start: of the run in the whole weight.
+
+        Raises:
+            RefusedError: the checkpoint does not hold all of it.
+        """
+        end, missing = start + into.numel(), into.numel()
+        for first, count, file, key in self._pieces.get((name, kind), ()):
+            low, high = max(start, first), min(end, first + count)
+            if low < high:
+                with safe_open(file, framework="pt") as opened:
+                    whole = len(opened.get_slice(key).get_shape()) != 1
+                    found = opened.get_tensor(key).view(-1) if whole else opened.get_slice(key)
+                    into[low - start : high - start].copy_(found[low - first : high - first])
+                missing -= high - low
+        if missing > 0:
+            raise RefusedError(f"{name}: {missing} numbers of its {kind} are in no part of the checkpoint")
+
+
+def _pairs(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """The items of a dict as `flatten` writes it."""
+    yield from (tree["$pairs"] if "$pairs" in tree else tree.items())
+
+
+def restore_parts(trainer: Trainer, layout: Layout, checkpoint: Path, same: bool) -> None:
+    """Put a checkpoint's state where this process holds it.
+
+    Args:
+        trainer: with its model and optimizer wrapped, and its schedule made.
+        layout: of the trainer.
+        checkpoint: verified.
+        same: whether it was written in the same mode by as many processes.
+
+    Raises:
+        RefusedError: it is of other weights, or its optimizer's state cannot be laid out so.
+    """
+    kept = Kept(checkpoint)
+    refuse_other_weights(checkpoint, kept.shapes, layout.shapes)
+    own = _own(checkpoint, trainer.args.process_index) if same else None
+    own = own and _beside(own, layout.slots)
+    with torch.no_grad():
+        for number, slot in enumerate(layout.slots):
+            for piece in slot.pieces:
+                kept.fill(slot.flat.narrow(0, piece.offset, piece.count), piece.name, WEIGHT, piece.start)
+            state = own[number] if own is not None else _state_of(slot, kept, layout.optimizer)
+            if state:
+                layout.optimizer.state[slot.key] = state
+        take_up(layout, lambda name: _whole(kept, name))
+    for slot in layout.slots:
+        group = layout.optimizer.param_groups[slot.group]
+        group.update({key: value for key, value in kept.numbers(slot.names).items() if same or key in group})
+    trainer.lr_scheduler.load_state_dict(_schedule(kept, layout, same))
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if scaler is not None and kept.common["scaler"] is not None:
+        scaler.load_state_dict(kept.common["scaler"])
+    if kept.common["loss_scale"] is not None and _loss_scale(layout.zero) is not None:
+        vars(layout.zero.loss_scaler).update(kept.common["loss_scale"])
+
+
+def _schedule(kept: Kept, layout: Layout, same: bool) -> dict[str, Any]:
+    """The schedule's state; some ways of sharing leave groups without parameters out, others do not."""
+    state = dict(kept.common["schedule"])
+    if not same:
+        groups = layout.optimizer.param_groups
+        state["base_lrs"] = [group["initial_lr"] for group in groups]
+        state["_last_lr"] = [group["lr"] for group in groups]
+        state["lr_lambdas"] = [None] * len(groups)
+    return state
+
+
+def _whole(kept: Kept, name: str) -> Tensor:
+    weight = torch.empty(int(torch.Size(kept.shapes[name]).numel()), dtype=torch.float32)
+    kept.fill(weight, name, WEIGHT, 0)
+    return weight
+
+
+def _state_of(slot: Slot, kept: Kept, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for kind in kept.kinds(slot.names):
+        # Between the pieces of a flat tensor there is padding, which stays zero.
+        flat = torch.zeros_like(slot.flat)
+        for piece in slot.pieces:
+            kept.fill(flat.narrow(0, piece.offset, piece.count), piece.name, kind, piece.start)
+        state[kind] = slot.laid(flat)
+    group = optimizer.param_groups[slot.group]
+    for name, value in kept.counts(slot.names).items():
+        if isinstance(value, Mapping):
+            # Where torch's optimizers expect their count of steps: torch.optim.Optimizer.load_state_dict.
+            device = slot.flat.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
+            value = torch.tensor(value["value"], dtype=getattr(torch, value["dtype"]), device=device)
+        state[name] = value
+    return state
+
+
+def _own(checkpoint: Path, rank: int) -> list[dict[str, Any]] | None:
+    """The state of an optimizer that was kept as the process had it."""
+    path = checkpoint / f"part-{rank}.json"
+    tree = json.loads(path.read_text(encoding="utf-8")).get("own") if path.is_file() else None
+    if tree is None:
+        return None
+    with safe_open(path.with_suffix(".safetensors"), framework="pt") as opened:
+        names = [key for key in opened.keys() if key.startswith("own/")]  # noqa: SIM118 - it is no mapping
+        tensors = {key.removeprefix("own/"): opened.get_tensor(key) for key in names}
+    states: list[dict[str, Any]] = rebuild(tree, tensors)
+    return states
+
+
+def _beside(states: list[dict[str, Any]], slots: tuple[Slot, ...]) -> list[dict[str, Any]]:
+    """The same with its tensors where the weights are; counts of steps stay in the host's memory."""
+    return [
+        {name: one.to(slot.flat.device) if _has_numbers(one) else one for name, one in state.items()}
+        for state, slot in zip(states, slots, strict=True)
+    ]
