@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune.errors import DiskError, ExportError, NonFiniteError
-from finetune.files import MANIFEST, manifest_faults
+from finetune.files import MANIFEST, disk_errors, manifest_faults
 from finetune.run import checkpoint as module
-from finetune.run.checkpoint import staging_of, write
-from finetune.run.checkpoint_saver import Saver, _refuse_unfit
+from finetune.run.checkpoint import begin, commit_parts, lay, staging_of, write
+from finetune.run.checkpoint_parts import refuse_unfit
+from finetune.run.checkpoint_saver import Saver
 from finetune.run.checkpoint_state import ADAPTER, STATE, STATE_TENSORS, Snapshot
 from finetune.run.checkpoint_tree import DTYPES, Copies, Unfit, flatten, rebuild, write_tensors
 from finetune.run.checkpoint_writer import Writer
@@ -61,6 +63,27 @@ def save(folder: RunFolder, step: int = 40) -> None:
     write(taken(step), target, go_on)
     folder.rotate(1, {target})
 
+
+def save_parts(folder: RunFolder, step: int = 40) -> None:
+    """What two processes do that each hold a part, one after the other."""
+    target = folder.checkpoints / f"checkpoint-{step}"
+    known: dict[str, Any] = {}
+    with disk_errors(target):
+        try:
+            begin(target)
+            for rank in range(2):
+                part = {f"weight/{name}": one for name, one in taken(step + rank).tensors[ADAPTER].items()}
+                plain = {f"part-{rank}.json": b"{}"} | (taken(step).plain if rank == 0 else {})
+                snapshot = Snapshot(step, {f"part-{rank}.safetensors": part}, plain)
+                known |= lay(snapshot, staging_of(target), go_on)
+            commit_parts(target, step, {}, known)
+        finally:
+            shutil.rmtree(staging_of(target), ignore_errors=True)
+        folder.rotate(1, {target})
+
+
+Save = Callable[..., None]
+SAVES: list[Save] = [save, save_parts]
 
 # -- nested state --------------------------------------------------------------------------------------------------
 
@@ -210,18 +233,18 @@ def test_a_probe_leaves_nothing(run: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("held", "said"),
     [
-        ({"a": torch.ones(2), "b": torch.zeros(0, 4)}, "2 tensors of 2 that are trained, 1 of them empty, as b"),
-        ({"a": torch.ones(2)}, "1 tensors of 2 that are trained, 0 of them empty"),
+        ({"a": torch.ones(2), "b": torch.zeros(0, 4)}, r"1 of 2 trained weights .*, as b: \(0, 4\) instead of \(1,\)"),
+        ({"a": torch.ones(2)}, "1 of 2 trained weights .*, as b: missing"),
         ({"a": torch.ones(2), "b": torch.ones(1)}, ""),
     ],
 )
-def test_an_adapter_that_was_gathered_in_part_is_refused(tmp_path: Path, held: Any, said: str) -> None:
-    write_tensors(tmp_path / ADAPTER, held)
+def test_weights_that_were_gathered_in_part_are_refused(held: Any, said: str) -> None:
+    shapes = {"a": (2,), "b": (1,)}
     if said:
         with pytest.raises(ExportError, match=said):
-            _refuse_unfit(tmp_path, ["a", "b"], 4)
+            refuse_unfit(held, shapes)
     else:
-        _refuse_unfit(tmp_path, ["a", "b"], 4)
+        refuse_unfit(held, shapes)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +265,19 @@ def test_only_the_checkpoint_of_the_step_before_is_said_to_hold_it(run: RunFolde
         assert saver.stands(8) == "rank 0 knows the checkpoint before it"
 
 
+def test_a_file_that_rank_0_does_not_see_leaves_no_checkpoint(run: RunFolder) -> None:
+    target = run.checkpoints / "checkpoint-40"
+    begin(target)
+    known = lay(taken(40), staging_of(target), go_on)
+    with pytest.raises(ExportError, match=r"part-1\.json, which another process has written, is not to be seen"):
+        commit_parts(target, 40, {}, {**known, "part-1.json": {"bytes": 2, "sha256": ""}})
+    assert not target.exists()
+
+
 # -- faults --------------------------------------------------------------------------------------------------------
 
 
-def operations(run: RunFolder) -> int:
+def operations(run: RunFolder, save: Save) -> int:
     """How many file operations a save makes, rotation included."""
     copy = RunFolder(run.root.with_name("counted"))
     shutil.copytree(run.root, copy.root)
@@ -254,9 +286,10 @@ def operations(run: RunFolder) -> int:
     return fault.count
 
 
+@pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("kind", ["ENOSPC", "EIO"])
-def test_a_disk_that_fails_at_any_operation_leaves_the_last_checkpoint(run: RunFolder, kind: str) -> None:
-    total = operations(run)
+def test_a_disk_that_fails_at_any_operation_leaves_the_last_checkpoint(run: RunFolder, kind: str, save: Save) -> None:
+    total = operations(run, save)
     assert total > 40
     hit = []
     for at in range(1, total + 1):
@@ -282,9 +315,10 @@ def test_a_disk_that_fails_at_any_operation_leaves_the_last_checkpoint(run: RunF
     assert {"open", "write", "fsync", "mkdir", "rename"} <= set(hit)
 
 
-def test_a_process_killed_at_any_operation_leaves_a_whole_checkpoint(run: RunFolder) -> None:
+@pytest.mark.parametrize("save", SAVES)
+def test_a_process_killed_at_any_operation_leaves_a_whole_checkpoint(run: RunFolder, save: Save) -> None:
     seen = set()
-    for at in range(1, operations(run) + 1):
+    for at in range(1, operations(run, save) + 1):
         here = RunFolder(run.root.with_name(f"run-{at}"))
         shutil.copytree(run.root, here.root)
         child = os.fork()

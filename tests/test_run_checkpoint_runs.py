@@ -268,13 +268,16 @@ def test_a_run_killed_at_random_instants_has_the_same_bits(lab: Lab, seed: int) 
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_at_twenty_random_instants_have_the_same_bits(lab: Lab) -> None:
-    for outcome in lab.warm.ranks(2, lab.recipe({**MANY, "output_dir": "whole"}), cwd=lab.folder):
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3"])
+def test_two_ranks_killed_at_twenty_random_instants_have_the_same_bits(lab: Lab, mode: str) -> None:
+    changes = MANY if mode == "ddp" else {**MANY, "launch.config": mode}
+    for outcome in lab.warm.ranks(2, lab.recipe({**changes, "output_dir": "whole"}), cwd=lab.folder):
         outcome.ok()
-    assert killed(lab, MANY, 20, seed=20, ranks=2) == 20
-    for outcome in lab.warm.ranks(2, lab.recipe(MANY), cwd=lab.folder):
+    assert killed(lab, changes, 20, seed=20, ranks=2) == 20
+    for outcome in lab.warm.ranks(2, lab.recipe(changes), cwd=lab.folder):
         outcome.ok()
     assert lab.adapter() == lab.adapter("whole")
+    assert lab.losses() == lab.losses("whole")
 
 
 # -- secrets ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from finetune.errors import EnvironmentFault, RefusedError
+from finetune.errors import EnvironmentFault, ExportError, RefusedError
 from finetune.run.checkpoint_state import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -105,7 +105,7 @@ def snapshot_part(trainer: Trainer, layout: Layout, by_number: bool, copies: Cop
     rank = args.process_index
     tensors = {f"part-{rank}.safetensors": held}
     written = {f"part-{rank}.json": json_bytes(facts)}
-    adapter = _adapter(trainer)
+    adapter = _adapter(trainer, layout)
     if args.should_save:
         if adapter is not None:
             tensors[ADAPTER] = adapter
@@ -138,7 +138,7 @@ def _as_it_is(layout: Layout, name: Any, copies: Copies) -> tuple[Any, dict[str,
         ) from error
 
 
-def _adapter(trainer: Trainer) -> dict[str, Tensor] | None:
+def _adapter(trainer: Trainer, layout: Layout) -> dict[str, Tensor] | None:
     """The trained weights of the adapter, whole, under PEFT's names, on rank 0; None without an adapter."""
     model = trainer.model
     if not isinstance(model, PeftModel):
@@ -148,8 +148,24 @@ def _adapter(trainer: Trainer) -> dict[str, Tensor] | None:
     whole = whole_weights(named, keep=trainer.args.should_save)
     if not trainer.args.should_save:
         return None
+    refuse_unfit(whole, layout.shapes)
     state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
     return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def refuse_unfit(whole: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Weights that were brought together must have their shapes: upstream may give empty tensors, or fewer, unsaid.
+
+    Raises:
+        ExportError: they have not.
+    """
+    found = {plain(name): tuple(tensor.shape) for name, tensor in whole.items()}
+    odd = sorted(name for name, shape in shapes.items() if found.get(name) != shape)
+    if odd:
+        raise ExportError(
+            f"{len(odd)} of {len(shapes)} trained weights could not be brought together, as {odd[0]}: "
+            f"{found.get(odd[0], 'missing')} instead of {shapes[odd[0]]}; report this"
+        )
 
 
 def _common(trainer: Trainer, layout: Layout) -> dict[str, Any]:
