@@ -48,6 +48,7 @@ def run(recipe_path: str, overrides: Sequence[str]) -> dict[str, Any]:
     from finetune.model.earlier import read_earlier
     from finetune.model.folder import find_config
     from finetune.model.load import precision
+    from finetune.model.quantise import refuse_transposed
     from finetune.model.skeleton import skeleton
     from finetune.model.stored import stored
 
@@ -57,6 +58,7 @@ def run(recipe_path: str, overrides: Sequence[str]) -> dict[str, Any]:
     kept = precision(recipe.model, recipe.adapter.method, compute)
     dtype = kept.base if recipe.model.quantization == "none" else kept.compute
     model: Any = skeleton(recipe.model, base, dtype)
+    refuse_transposed(recipe.model.name_or_path, model, held)
     family = match(recipe.model.family, base.model_type or model.config.model_type)
     earlier = read_earlier(recipe.adapter, recipe.model.name_or_path, recipe.model.quantization)
     ids, guess = _new_ids(model, recipe.model, base)

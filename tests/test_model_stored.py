@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ExportError, ModelError
+from finetune.exports import merged
 from finetune.families import FAMILIES
 from finetune.families.family import Family
 from finetune.model.dequantise import tensors_of
@@ -94,11 +96,11 @@ def mxfp4(path: Path) -> Path:
     return rewrite(path, packed, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
 
 
-def bits(path: Path, count: int) -> Path:
-    """A Llama as bitsandbytes saves it."""
+def bits(path: Path, count: int, kind: str = "llama") -> Path:
+    """A base of tests/zoo.py as bitsandbytes saves it."""
     from transformers import BitsAndBytesConfig
 
-    zoo.folder(path, "llama", vocab_size=2048)
+    zoo.folder(path, kind, vocab_size=2048)
     config = BitsAndBytesConfig(**{f"load_in_{count}bit": True})
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map={"": "cpu"})
     model.save_pretrained(path)
@@ -233,6 +235,28 @@ def test_another_quantisation_of_quantised_weights_is_refused(facts: dict[str, A
         with pytest.raises(ModelError, match=r"whose weights are stored in .* already; write none"):
             stored("base", config, "nf4")
     assert stored("base", {}, "nf4") is None
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_a_base_stored_in_bitsandbytes_whose_layers_are_transposed_is_refused(count: int, lab: Lab) -> None:
+    """By everything that reads it: what training would put into an adapter no merge could put into the weights."""
+    from peft import LoraConfig, get_peft_model
+
+    zoo.folder(lab / "plain", "gpt2", vocab_size=2048)
+    path = bits(lab / "held", count, "gpt2")
+    config = LoraConfig(r=2, target_modules=["attn.c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    plain = AutoModelForCausalLM.from_pretrained(lab / "plain")
+    get_peft_model(plain, config).save_pretrained(str(lab / "adapter"), save_embedding_layers=False)
+    said = rf"stored in bitsandbytes {count}-bit, and transformer\.h\.0\.attn\.c_attn and 7 more of its layers"
+    with pytest.raises(ModelError, match=said):
+        answers(path)
+    done = lab.warm.run("targets", lab.recipe({"model.name_or_path": "held"}), cwd=lab.folder)
+    assert done.returncode == 5
+    assert re.search(said, done.stderr.replace("\n", " "))
+    (lab / "merged").mkdir()
+    with pytest.raises(ModelError, match=said):
+        merged.write(find(str(path)), lab / "adapter", lab / "merged", "auto", "5GB", "", {}, None)
+    assert not list((lab / "merged").iterdir())
 
 
 def test_full_fine_tuning_of_quantised_weights_is_refused(lab: Lab) -> None:

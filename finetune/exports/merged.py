@@ -66,16 +66,17 @@ def write(
     from finetune.model.embeddings import embeddings_of
     from finetune.model.generation import state_stops
     from finetune.model.merge import merge_weights
+    from finetune.model.quantise import refuse_transposed
     from finetune.model.requantise import requantiser
     from finetune.model.skeleton import skeleton
-    from finetune.model.stored import facts_of, name_of
+    from finetune.model.stored import facts_of, name_of, stored
     from finetune.model.tying import may_touch_embeddings
     from finetune.model.update import read_adapter
 
-    stored = facts_of(base.config)
-    if stored is not None and str(stored.get("quant_method", "bitsandbytes")) not in MERGED:
+    in_files = facts_of(base.config)
+    if in_files is not None and str(in_files.get("quant_method", "bitsandbytes")) not in MERGED:
         raise ExportError(
-            f"{base.name} is stored in {name_of(stored)}, which no merge reads; merge onto its unquantised weights"
+            f"{base.name} is stored in {name_of(in_files)}, which no merge reads; merge onto its unquantised weights"
         )
     assert base.folder is not None, "a base is fetched before it is merged"
     options = options or ModelOptions(name_or_path=base.name)
@@ -84,6 +85,8 @@ def write(
     family = match(options.family, base.model_type)
     touches, composite = may_touch_embeddings(changes), isinstance(base.config.get("text_config"), dict)
     bare = skeleton(options, base, "float32") if touches or composite or family is None else None
+    if bare is not None:
+        refuse_transposed(base.name, bare, stored(base.name, base.config, "none"))
     if bare is not None and (composite or family is None):
         family = _with_layout(family, layout_of(bare, tensors_of(base).keys()))
     found = embeddings_of(bare) if bare is not None and touches else None
@@ -105,7 +108,7 @@ def write(
         "r": config.get("r"),
         "vocabulary": report.vocabulary,
         "untied": report.untied,
-        "dequantised_from": name_of(stored) if stored is not None else None,
+        "dequantised_from": name_of(in_files) if in_files is not None else None,
         "stops_added": list(added),
     }
 

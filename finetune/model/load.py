@@ -16,7 +16,7 @@ from finetune.families import match
 from finetune.model.attention import EAGER_UP_TO
 from finetune.model.auto import auto_class
 from finetune.model.folder import Base
-from finetune.model.quantise import plan
+from finetune.model.quantise import plan, refuse_transposed
 from finetune.model.skeleton import skeleton
 from finetune.model.stored import facts_of, stored
 from finetune.model.tokenizer import NOT_LOADABLE, load_tokenizer, not_loaded
@@ -150,6 +150,8 @@ def load_base(
     """
     assert base.folder is not None, "a base is fetched before it is loaded"
     held = stored(options.name_or_path, base.config, options.quantization)
+    if held is not None and not held.dequantised:
+        refuse_transposed(options.name_or_path, skeleton(options, base, kept.base), held)
     quantization = _quantization(options, base, kept.compute, sharded)
     dtype = getattr(torch, kept.compute if quantization is not None else kept.base)
     arguments: dict[str, Any] = {

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from finetune.errors import ModelError
 from finetune.families.family import Family
 from finetune.model.kinds import KINDS, Place, ends, is_elsewhere, is_packed, is_steering, places
+from finetune.model.stored import Stored
 
 # Linear layers as files have them; a subclass has reasons of its own, and bitsandbytes leaves it alone as well.
 _LINEAR = "Linear"
@@ -122,6 +123,29 @@ def plan(model: PreTrainedModel, family: Family | None, kind: str) -> Plan:
             f"{size:.1f} GB. Write quantization: none, which says that they do"
         )
     return Plan(kind, frozenset(modules), frozenset(experts), tuple(skipped))
+
+
+def refuse_transposed(name: str, model: nn.Module, held: Stored | None) -> None:
+    """Refuse a base that bitsandbytes has stored, if it has layers that are stored transposed (GPT-2's).
+
+    transformers quantises the transpose of their weights, in files as well, so that what a merge would write of one has
+    its sides exchanged; where they are equal nothing else would show it.
+
+    Args:
+        name: of the base, as the recipe has it.
+        model: the bare base, on the meta device.
+        held: how its files hold its weights, from `stored`.
+
+    Raises:
+        ModelError: it has such layers.
+    """
+    found = [called for called, module in model.named_modules() if type(module).__name__ == _TRANSPOSED]
+    if held is not None and not held.dequantised and found:
+        raise ModelError(
+            f"model.name_or_path: the weights of {name} are stored in {held.name}, and {found[0]} and "
+            f"{len(found) - 1} more of its layers are stored transposed ({_TRANSPOSED}), which a merge could not put "
+            "back; name the unquantised weights of this model"
+        )
 
 
 def _left_alone(place: Place, family: Family | None) -> bool:
