@@ -2,6 +2,7 @@
 
     python benchmarks/checkpoint.py                  # a few minutes on two CPU cores
     python benchmarks/checkpoint.py --r 64 --rounds 1
+    python benchmarks/checkpoint.py --mode zero2     # two processes; stock is DeepSpeed's own save then
 
 A random Llama of 9 million parameters, LoRA of rank `--r` on all linear layers, `--steps` steps with a save every
 `--every`. All variants run the same loop, finetune's, on the same rows (data/tickets); they differ in the saves alone:
@@ -10,7 +11,8 @@ A random Llama of 9 million parameters, LoRA of rank `--r` on all linear layers,
     stock    transformers' own `_save_checkpoint` into the same file system: pickled, in place, not fsynced
     ours     finetune's: copied, then hashed, fsynced and opened again beside the training
 
-`blocked` is the time that the loop stands in a save, the median over saves, and `CPU` how much of it its thread
+`blocked` is the time that the loop stands in a save, and after the following steps to ask how far it is, the median
+over saves; with `--mode` that of rank 0. And `CPU` is how much of it its thread
 computes, which is the better figure on a busy machine. `lost` is what the whole loop takes longer than without saves,
 for each save: it also holds what the writing takes from the training's share of the cores and the disk. `hash`, `fsync`
 and `write` are milliseconds of the thread that writes, for each save. Variants take turns, so that a machine whose
@@ -32,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from finetune.run.launch import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tests" / "tokenizers" / "chatml"
@@ -57,7 +61,7 @@ def make_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(variant: str, folder: Path, r: int, steps: int, every: int) -> dict[str, Any]:
+def measure(variant: str, folder: Path, r: int, steps: int, every: int, mode: str) -> dict[str, Any]:
     """One run in this process."""
     import shutil
 
@@ -69,6 +73,7 @@ def measure(variant: str, folder: Path, r: int, steps: int, every: int) -> dict[
     from finetune.train import run
 
     torch.set_num_threads(1)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     spent = {"hash": 0.0, "fsync": 0.0, "write": 0.0}
     blocked: list[float] = []
     computed: list[float] = []
@@ -92,9 +97,17 @@ def measure(variant: str, folder: Path, r: int, steps: int, every: int) -> dict[
             computed.append(time.thread_time() - computing)
 
     if variant == "stock":
-        for name in ("_save_rng_state", "_save_scaler"):
-            setattr(Timed, name, getattr(Stock, name))
         Timed._get_output_dir = lambda self, trial=None: str(self.folder.checkpoints)  # type: ignore[attr-defined]
+    after_step = module.Saver.on_step_end
+
+    def asked(self: Any, *arguments: Any, **named: Any) -> None:
+        began, computing = time.perf_counter(), time.thread_time()
+        after_step(self, *arguments, **named)
+        if blocked:
+            blocked[-1] += time.perf_counter() - began
+            computed[-1] += time.thread_time() - computing
+
+    module.Saver.on_step_end = asked  # type: ignore[method-assign]
     if variant != "ours":
         module.Saver.on_step_end = lambda *arguments, **named: None  # type: ignore[method-assign]
         module.Saver.insist = lambda *arguments: None  # type: ignore[method-assign]
@@ -105,14 +118,17 @@ def measure(variant: str, folder: Path, r: int, steps: int, every: int) -> dict[
         "adapter": {"r": r, "lora_alpha": r},
         "data": {"train": str(ROOT / "data" / "tickets" / "train.jsonl"), "max_length": 512},
         "training": {
-            "max_steps": steps, "num_train_epochs": 1000, "global_batch_size": BATCH, "save_steps": every,
+            "max_steps": steps, "num_train_epochs": 1000, "global_batch_size": BATCH * ranks, "save_steps": every,
             "warmup_steps": 0,
         },
-        "launch": {"device": "cpu"},
+        "launch": {"device": "cpu", **({"config": mode} if mode != "one" else {})},
         "output_dir": str(folder / variant),
     }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run(str(folder / "recipe.yaml"), [], overwrite=True, as_json=True)
+    path = folder / f"recipe-{os.environ.get('RANK', 0)}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run(str(path), [], overwrite=True, as_json=True)
+    if os.environ.get("RANK", "0") != "0":
+        return {}
     newest = sorted((folder / variant / "checkpoints").glob("checkpoint-*"))
     size = sum(path.stat().st_size for path in newest[-1].rglob("*") if path.is_file()) if newest else 0
     shutil.rmtree(folder / variant)
@@ -161,6 +177,27 @@ def _time_parts(files: Any, spent: dict[str, float]) -> None:
     checkpoint.write_hashed = tree.write_hashed = write_hashed  # type: ignore[attr-defined]
 
 
+def child(variant: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One run in a process of its own, or in two with a mode; what rank 0 measured."""
+    words = [sys.executable, __file__, "--child", variant, folder, "--r", str(given.r), "--mode", given.mode]
+    words += ["--steps", str(given.steps), "--every", str(given.every)]
+    count = 1 if given.mode == "one" else 2
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    started = [
+        subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | ({**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    outputs = [process.communicate() for process in started]
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        if process.returncode:
+            sys.exit(errors)
+    found: dict[str, Any] = json.loads(outputs[0][0].splitlines()[-1])
+    return found
+
+
 def main() -> None:
     """Measure all variants in turn and print a table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,11 +205,12 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=60)
     options.add_argument("--every", type=int, default=10)
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--mode", choices=("one", "zero1", "zero2", "zero3"), default="one")
     options.add_argument("--child", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.child:
         variant, folder = given.child[0], Path(given.child[1])
-        print(json.dumps(measure(variant, folder, given.r, given.steps, given.every)))
+        print(json.dumps(measure(variant, folder, given.r, given.steps, given.every, given.mode)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -180,12 +218,7 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
         for _ in range(given.rounds):
             for variant in VARIANTS:
-                words = [sys.executable, __file__, "--child", variant, temporary, "--r", str(given.r)]
-                words += ["--steps", str(given.steps), "--every", str(given.every)]
-                done = subprocess.run(words, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                found[variant].append(json.loads(done.stdout.splitlines()[-1]))
+                found[variant].append(child(variant, temporary, given))
                 print(found[variant][-1], file=sys.stderr)
     print(
         "| saves | state, MB | loop, s | blocked, ms a save | CPU, ms a save | lost, ms a save | hash | fsync | write |"
