@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from finetune.errors import DiskError, FinetuneError, RefusedError
 
@@ -304,7 +304,9 @@ def _refuse_existing(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, shared: bool = False, wait: bool = True, setting: str = "output_dir") -> Iterator[bool]:
+def locked(
+    path: Path, shared: bool = False, wait: bool = True, setting: str = "output_dir", remove: bool = False
+) -> Iterator[bool]:
     """Hold a lock on `path` (made if absent); it is released when the process ends, however it ends.
 
     Args:
@@ -312,20 +314,39 @@ def locked(path: Path, shared: bool = False, wait: bool = True, setting: str = "
         shared: several may hold it at once, but none exclusively meanwhile.
         wait: whether to wait for others; if not, the block must ask whether it got the lock.
         setting: the recipe's key that chooses the place, for the message when the file cannot be made.
+        remove: the file goes when the block ends; all who lock it must say so, and none may share it. A process that
+            is killed leaves it behind for the next.
 
     Yields:
         Whether the lock is held; always True with `wait`.
     """
-    with disk_errors(path, setting):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "a+")  # noqa: SIM115 - held for the block, closed below
-    try:
-        try:
-            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            held = False
-        else:
+    assert not (shared and remove), "a lock that others hold cannot be removed"
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    with contextlib.ExitStack() as stack:
+        while True:
+            with disk_errors(path, setting):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stream = stack.enter_context(open(path, "a+"))
+            try:
+                fcntl.flock(stream, kind)
+            except BlockingIOError:
+                held = False
+                break
             held = True
-        yield held
-    finally:
-        stream.close()
+            if not remove or _is_at(stream, path):
+                break
+            stream.close()  # it was removed while this process waited for it, and says nothing any more
+        try:
+            yield held
+        finally:
+            if held and remove and _is_at(stream, path):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def _is_at(stream: IO[str], path: Path) -> bool:
+    """Whether an open file is the one that stands at `path`."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -342,3 +342,36 @@ def test_a_lock_excludes_another_process_and_ends_with_it(tmp_path: Path, root: 
         other.stdout.close()
     with open(path) as stream:
         files.fcntl.flock(stream, files.fcntl.LOCK_EX | files.fcntl.LOCK_NB)
+
+
+COUNTER = """
+import sys
+from pathlib import Path
+from finetune.files import locked
+count = Path(sys.argv[2])
+for _ in range(300):
+    with locked(Path(sys.argv[1]), remove=True):
+        number = int(count.read_text())
+        count.write_text("")
+        count.write_text(str(number + 1))
+"""
+
+
+def test_a_lock_that_is_removed_excludes_processes_that_race_for_it(tmp_path: Path, root: Path) -> None:
+    lock, count = tmp_path / "lock", tmp_path / "count"
+    count.write_text("0")
+    words = [sys.executable, "-c", COUNTER, str(lock), str(count)]
+    racers = [subprocess.Popen(words, cwd=root) for _ in range(3)]
+    assert [racer.wait(60) for racer in racers] == [0, 0, 0]
+    assert count.read_text() == "900"
+    assert not lock.exists()
+
+
+def test_a_lock_of_a_killed_process_is_taken_and_removed(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with files.locked(tmp_path / "lock", remove=True):
+        assert (tmp_path / "lock").exists()
+        with files.locked(tmp_path / "lock", wait=False, remove=True) as held:
+            assert not held
+        assert (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()

@@ -165,7 +165,7 @@ class RunFolder:
     def claimed_alone(self) -> Iterator[None]:
         """Only one process of this machine at a time may decide that the folder is its own."""
         key = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
-        with locked(Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}-{key}.lock"):
+        with locked(Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}-{key}.lock", remove=True):
             yield
 
     def _clear(self) -> None:
