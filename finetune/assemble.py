@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> Ready:
-    """Load the base, attach the adapter, and build the trainer; all processes of the run call it at once."""
+    """Load the base, attach the adapter, and build the trainer; all processes of the run call it at once.
+
+    Raises:
+        ModelError: the base is another than that of the adapter that is continued, or cannot be trained so.
+    """
     from transformers import set_seed
 
     from finetune.model.load import attention
@@ -38,6 +42,9 @@ def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies:
     prove_world(launched, arguments)
     set_seed(recipe.training.seed)
     attn = attention(recipe.model, process.hardware.device, data.longest)
+    hashes = _hashes(process, supplies)
+    if other := _other_base(checked.earlier, supplies.base, hashes):
+        raise ModelError(other)
     built = _model(loaded, checked, process, supplies, arguments, attn)
     stopper, watch = _guards(loaded, checked, launched)
     trainer, packing = _trainer(loaded, checked, process, supplies, arguments, attn, built, [watch, stopper])
@@ -45,19 +52,15 @@ def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies:
     units = "sequences" if recipe.data.packing else "rows"
     process.say("steps", f"{process.shape.told(units)}; run folder {checked.folder.root}")
     return Ready(
-        loaded, checked, supplies.base, data, built, trainer, stopper, watch, derived, packing, process.hardware,
-        launched, process.say,
+        loaded, checked, supplies.base, hashes, data, built, trainer, stopper, watch, derived, packing,
+        process.hardware, launched, process.say,
     )  # fmt: skip
 
 
 def _model(
     loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies, arguments: Any, attn: Attention
 ) -> Built:
-    """The base with its adapter, where it is to be trained, and what is to be known about it said.
-
-    Raises:
-        ModelError: it is another base than that of the adapter that is continued.
-    """
+    """The base with its adapter, where it is to be trained, and what is to be known about it said."""
     from finetune.model.build import build
     from finetune.model.tokenizer import new_ids
     from finetune.run import ranks
@@ -65,8 +68,6 @@ def _model(
 
     options, mode, base = loaded.recipe.model, checked.mode, supplies.base
     device = ranks.device_of(process.launched, process.hardware.device)
-    if other := ranks.from_main(process.launched, lambda: _other_base(checked.earlier, base)):
-        raise ModelError(other)
     ids = new_ids(options, supplies.tokenizer)
     # What is to be spread stays in the host's memory until it is, except 4-bit weights, which a device makes.
     place = None if mode.spreads and options.quantization == "none" else device
@@ -87,13 +88,30 @@ def _model(
     return built
 
 
-def _other_base(earlier: Earlier | None, base: Base) -> str:
-    """How the base differs from that of the adapter that is trained further; empty where it does not."""
-    from finetune.run.product import changed_files
+def _hashes(process: Process, supplies: Supplies) -> dict[str, str]:
+    """SHA-256 of the base's files, which rank 0 reads once and remembers beside the prepared rows."""
+    from finetune.run.record import base_hashes
+    from finetune.run.wait import from_main_in_time
 
-    if earlier is None:
+    base, known = supplies.base, supplies.cache.file_hashes
+    size = sum(path.stat().st_size for path in base.weights) / 1e9
+
+    def long() -> None:
+        process.say("base", f"its {size:.1f} GB are read once for their hashes, which later starts remember")
+
+    hashes: dict[str, str] = from_main_in_time(
+        process.launched, lambda: base_hashes(base.weights, base.folder, known), long
+    )
+    return hashes
+
+
+def _other_base(earlier: Earlier | None, base: Base, hashes: dict[str, str]) -> str:
+    """How the base differs from that of the adapter that is trained further; empty where it does not."""
+    from finetune.run.product import differing
+
+    if earlier is None or not earlier.base_hashes:
         return ""
-    changed = changed_files(earlier.base_hashes, base.weights, base.folder)
+    changed = differing(earlier.base_hashes, hashes)
     if not changed:
         return ""
     return (
@@ -110,7 +128,8 @@ def _guards(loaded: LoadedRecipe, checked: Checked, launched: World) -> tuple[St
 
     def hung(verdict: str, step: int) -> None:
         reason = f"{verdict}; stacks are in {checked.folder.hang}. The same command continues from the last checkpoint"
-        checked.folder.write_exit(ExitCode.HANG, reason, step)
+        if launched.is_main or not checked.folder.exit.exists():  # rank 0 may have said why it ended
+            checked.folder.write_exit(ExitCode.HANG, reason, step)
         tell_hang(reason)
 
     return StopSignal(), Watch(launched, checked.folder.hang, loaded.recipe.launch.timeout, hung)

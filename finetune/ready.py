@@ -75,6 +75,7 @@ class Ready:
 
     Attributes:
         base: the fetched base.
+        hashes: SHA-256 of its files, by name.
         trainer: with its callbacks.
         stopper, watch: the callbacks that end a run.
         derived: what `auto` and unset keys became, from `derived_of`.
@@ -84,6 +85,7 @@ class Ready:
     loaded: LoadedRecipe
     checked: Checked
     base: Base
+    hashes: dict[str, str]
     data: Feed
     built: Built
     trainer: Trainer
@@ -118,14 +120,13 @@ def derived_of(
 
 def made_of(ready: Ready) -> dict[str, Any]:
     """What a resume must find unchanged, as rank 0 sees it: the keys that count, and what they led to."""
-    from finetune.run.record import base_hashes, versions
+    from finetune.run.record import versions
     from finetune.run.resume import counting_keys
 
-    checked, data, base = ready.checked, ready.data, ready.base
+    checked, data = ready.checked, ready.data
     if not ready.launched.is_main:
         return {}
-    weights = {name: digest for name, digest in base_hashes(base.weights, base.folder).items()
-               if not name.startswith("tokenizer")}  # fmt: skip
+    weights = {name: digest for name, digest in ready.hashes.items() if not name.startswith("tokenizer")}
     plain = ready.loaded.resolved()
     became = {
         key: ready.derived.get(key) for key in ("model.dtype", "model.attn_implementation", "adapter.target_modules")
@@ -162,7 +163,7 @@ def begin(ready: Ready, made: dict[str, Any], point: ResumePoint) -> None:
     """
     from finetune.data import date
     from finetune.run.folder import claim, need_space, read_json
-    from finetune.run.record import base_hashes, this_process
+    from finetune.run.record import this_process
 
     loaded, checked, base, data = ready.loaded, ready.checked, ready.base, ready.data
     recipe, folder = loaded.recipe, checked.folder
@@ -178,7 +179,7 @@ def begin(ready: Ready, made: dict[str, Any], point: ResumePoint) -> None:
             "folder": str(base.folder.absolute()) if base.folder else None,
             "revision": recipe.model.revision,
             "model_type": base.model_type,
-            "sha256": base_hashes(base.weights, base.folder),
+            "sha256": ready.hashes,
         },
         "method": recipe.training.method,
         "adapter": checked.adapter.method,

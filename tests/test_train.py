@@ -7,6 +7,7 @@ import math
 import os
 import re
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 from tiny import Lab, chats, lab_in, write_rows
 from warm import Outcome, Warm
 
-from finetune.files import manifest_faults
+from finetune.data.cache import SETTLED_SECONDS
+from finetune.files import manifest_faults, sha256
 from finetune.recipe import fields
 from finetune.recipe.load import load_recipe
 
@@ -85,6 +87,23 @@ def test_the_resolved_recipe_trains_the_same_adapter(done: tuple[Lab, Outcome]) 
     lab, _ = done
     lab.warm.run("train", "run/recipe.yaml", "output_dir=again", cwd=lab.folder).ok()
     assert lab.adapter("again") == lab.adapter()
+
+
+def test_a_base_is_hashed_once_and_again_only_when_it_has_changed(lab: Lab) -> None:
+    weights = lab.own_base("chatml") / "model.safetensors"
+    os.utime(weights, (1e9, 1e9))
+    time.sleep(SETTLED_SECONDS)  # a file that has just been written is not remembered
+
+    def recorded() -> str:
+        lab.train({"training.max_steps": 1, "data.cache_dir": "cache"}, "--overwrite").ok()
+        return str(json.loads((lab / "run/run.json").read_text())["base"]["sha256"]["model.safetensors"])
+
+    assert recorded() == sha256(weights)
+    known = lab / "cache/sources.json"
+    known.write_text(known.read_text().replace(sha256(weights), "5" * 64))
+    assert recorded() == "5" * 64  # not read again
+    os.utime(weights, (2e9, 2e9))
+    assert recorded() == sha256(weights)
 
 
 def test_the_record_says_what_the_run_was_made_of(done: tuple[Lab, Outcome]) -> None:

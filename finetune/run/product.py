@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,17 @@ def changed_files(trained_on: dict[str, str], weights: tuple[Path, ...], folder:
         weights: the base's weight files.
         folder: its local folder.
     """
-    if not trained_on:
-        return []  # reads no weights for nothing
-    now = {name: value for name, value in base_hashes(weights, folder).items() if name not in _WORDS}
+    return differing(trained_on, base_hashes(weights, folder)) if trained_on else []  # reads no weights for nothing
+
+
+def differing(trained_on: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Those of a base whose hashes are at hand.
+
+    Args:
+        trained_on: SHA-256 by file name, as the adapter tells them.
+        found: those of the base.
+    """
+    now = {name: value for name, value in found.items() if name not in _WORDS}
     then = {name: value for name, value in trained_on.items() if name not in _WORDS}
     differ = [name for name in then.keys() & now.keys() if then[name] != now[name]]
     differ += [f"{name} (gone)" for name in then.keys() - now.keys()]

@@ -9,10 +9,12 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import DataError, ModelError
 from finetune.files import sha256
 from finetune.privacy import mask_text
 from finetune.run.folder import now
@@ -36,13 +38,30 @@ def versions() -> dict[str, str]:
     return found
 
 
-def base_hashes(weights: tuple[Path, ...], folder: Path | None) -> dict[str, str]:
-    """SHA-256 of the base's weight, config and tokenizer files, by name; empty for a model of the hub."""
+def base_hashes(
+    weights: tuple[Path, ...], folder: Path | None, known: Callable[[Sequence[Path]], list[str]] | None = None
+) -> dict[str, str]:
+    """SHA-256 of the base's weight, config and tokenizer files, by name; empty for a model of the hub.
+
+    Args:
+        weights: the base's weight files.
+        folder: its local folder.
+        known: hashes files, and may remember those that have not changed; None reads each of them once a process.
+
+    Raises:
+        ModelError: a file cannot be read, or changes while it is.
+    """
     if folder is None:
         return {}
     small = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    there = [(path, path.stat()) for path in (*weights, *small) if path.is_file()]
-    return {path.name: _hash(path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in there}
+    there = [path for path in (*weights, *small) if path.is_file()]
+    if known is None:
+        states = [(path, path.stat()) for path in there]
+        return {path.name: _hash(path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in states}
+    try:  # one by one, so that what is read is remembered when the start is cut short
+        return {path.name: known([path])[0] for path in there}
+    except DataError as error:
+        raise ModelError(f"the base model: {error}") from error
 
 
 @cache
