@@ -310,6 +310,11 @@ def test_what_a_mode_cannot_do_is_refused_with_what_to_use_instead(configs: Path
     half = MODEL.model_copy(update={"dtype": "float16"})
     assert "float16" in faults(shipped(configs, "zero2"), half, TRAINING, SHAPE, "cuda")[0]
     assert "mixed_precision bf16" in faults(Mode(precision="bf16"), MODEL, TRAINING, SHAPE, "cuda")[0]
+    drive = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "nvme"}}
+    settings = {"zero_optimization": drive, "zero_force_ds_cpu_optimizer": False}
+    (stored,) = faults(Mode("deepspeed", "own.json", settings), MODEL, TRAINING, SHAPE, "cuda")
+    assert "offload_optimizer and offload_param: what lies on an NVMe drive" in stored
+    assert "write device: cpu" in stored
 
 
 def test_the_recipe_fills_in_deepspeeds_configuration_and_leaves_nothing_open(configs: Path) -> None:

@@ -131,6 +131,13 @@ def faults(settings: Mapping[str, Any], source: str, training: TrainingOptions, 
         if value != "auto" and value != said.get(name):
             meant = f" ({said[name]:g} here)" if name in said else ""
             found.append(f'{source}: {name}: the recipe\'s {key} decides{meant}; write "auto" or remove it')
+    zero = settings.get("zero_optimization", {})
+    drives = [name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "nvme"]
+    if drives:
+        found.append(
+            f"{source}: {' and '.join(drives)}: what lies on an NVMe drive cannot be put into a checkpoint; write "
+            "device: cpu"
+        )
     compiles = "optimizer" in offloads(settings) and settings.get("zero_force_ds_cpu_optimizer", True)
     if compiles and (missing := missing_tools()):
         found.append(
