@@ -16,7 +16,9 @@ neighbours) is kept as this process has it, and only the same mode on as many pr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +213,7 @@ def has_parts(checkpoint: Path) -> bool:
 
 
 class Kept:
-    """What a checkpoint knows of each trained weight, whoever wrote it.
+    """What a checkpoint knows of each trained weight, whoever wrote it; its files are open while the block runs.
 
     Attributes:
         shapes: of the weights, by name.
@@ -229,6 +231,8 @@ class Kept:
         stated = read_state(checkpoint)
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
         self._counts: dict[str, dict[str, Any]] = {}
+        self._files = ExitStack()
+        self._opened: dict[Path, Any] = {}
         if "parts" in stated:
             self.common: dict[str, Any] = rebuild(stated["state"], {})
             self.shapes = {name: tuple(shape) for name, shape in stated["trained"].items()}
@@ -239,18 +243,34 @@ class Kept:
             self._read_whole(checkpoint, stated)
             names = stated["names"]
         self._numbers = {
-            name: numbers for group, numbers in zip(names, self.common["groups"], strict=True) for name in group
+            plain(name): numbers for group, numbers in zip(names, self.common["groups"], strict=True) for name in group
         }
+        self._kinds: dict[str, list[str]] = {}
+        for name, kind in self._pieces:
+            if kind != WEIGHT:
+                self._kinds.setdefault(name, []).append(kind)
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.clear()
+        self._files.close()
+
+    def _file(self, path: Path) -> Any:
+        """An open safetensors file; a header of thousands of names is read once."""
+        if path not in self._opened:
+            self._opened[path] = self._files.enter_context(safe_open(path, framework="pt"))
+        return self._opened[path]
 
     def _read_part(self, checkpoint: Path, rank: int) -> None:
         facts = json.loads((checkpoint / f"part-{rank}.json").read_text(encoding="utf-8"))
         self._counts |= facts["counts"]
         file = checkpoint / f"part-{rank}.safetensors"
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - it is no mapping
-                kind, _, name = key.partition("/")
-                if kind != "own":
-                    self._pieces.setdefault((name, kind), []).append((*facts["pieces"][name], file, key))
+        for key in self._file(file).keys():  # noqa: SIM118 - it is no mapping
+            kind, _, name = key.partition("/")
+            if kind != "own":
+                self._pieces.setdefault((name, kind), []).append((*facts["pieces"][name], file, key))
 
     def _read_whole(self, checkpoint: Path, stated: dict[str, Any]) -> None:
         """A checkpoint of processes that each hold the whole state."""
@@ -268,35 +288,27 @@ class Kept:
             "loss_scale": None,
         }
         self.shapes = {}
-        order = [name for group in stated["names"] for name in group]
+        order = [plain(name) for group in stated["names"] for name in group]
         tensors = checkpoint / STATE_TENSORS
-        for file in sorted({file for file, _ in stated["weights"].values()}):
-            with safe_open(checkpoint / file, framework="pt") as opened:
-                for name, (there, key) in stated["weights"].items():
-                    if there == file:
-                        shape = tuple(opened.get_slice(key).get_shape())
-                        self.shapes[plain(name)] = shape
-                        count = int(torch.Size(shape).numel())
-                        self._pieces[(plain(name), WEIGHT)] = [(0, count, checkpoint / file, key)]
-        with safe_open(tensors, framework="pt") as opened:
-            for number, entries in state.items():
-                name = order[number]
-                for kind, value in entries.items():
-                    if not isinstance(value, dict):
-                        self._counts.setdefault(name, {})[kind] = value
-                        continue
-                    key = value["$tensor"]
-                    piece = opened.get_slice(key)
-                    if piece.get_shape():
-                        count = int(torch.Size(piece.get_shape()).numel())
-                        self._pieces[(name, kind)] = [(0, count, tensors, key)]
-                    else:
-                        self._counts.setdefault(name, {})[kind] = _number(opened.get_tensor(key))
+        for name, (file, key) in stated["weights"].items():
+            shape = tuple(self._file(checkpoint / file).get_slice(key).get_shape())
+            self.shapes[plain(name)] = shape
+            self._pieces[(plain(name), WEIGHT)] = [(0, math.prod(shape), checkpoint / file, key)]
+        for number, entries in state.items():
+            name = order[number]
+            for kind, value in entries.items():
+                if not isinstance(value, dict):
+                    self._counts.setdefault(name, {})[kind] = value
+                    continue
+                key = value["$tensor"]
+                if shape := self._file(tensors).get_slice(key).get_shape():
+                    self._pieces[(name, kind)] = [(0, math.prod(shape), tensors, key)]
+                else:
+                    self._counts.setdefault(name, {})[kind] = _number(self._file(tensors).get_tensor(key))
 
     def kinds(self, names: tuple[str, ...]) -> list[str]:
         """What the optimizer knows beside the numbers of any of these weights."""
-        wanted = set(names)
-        return list(dict.fromkeys(kind for name, kind in self._pieces if name in wanted and kind != WEIGHT))
+        return list(dict.fromkeys(kind for name in names for kind in self._kinds.get(name, ())))
 
     def counts(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The steps of these weights, which all have made equally many."""
@@ -322,10 +334,9 @@ class Kept:
         for first, count, file, key in self._pieces.get((name, kind), ()):
             low, high = max(start, first), min(end, first + count)
             if low < high:
-                with safe_open(file, framework="pt") as opened:
-                    whole = len(opened.get_slice(key).get_shape()) != 1
-                    found = opened.get_tensor(key).view(-1) if whole else opened.get_slice(key)
-                    into[low - start : high - start].copy_(found[low - first : high - first])
+                piece = self._file(file).get_slice(key)
+                found = piece if len(piece.get_shape()) == 1 else self._file(file).get_tensor(key).view(-1)
+                into[low - start : high - start].copy_(found[low - first : high - first])
                 missing -= high - low
         if missing > 0:
             raise RefusedError(f"{name}: {missing} numbers of its {kind} are in no part of the checkpoint")
@@ -348,11 +359,10 @@ def restore_parts(trainer: Trainer, layout: Layout, checkpoint: Path, same: bool
     Raises:
         RefusedError: it is of other weights, or its optimizer's state cannot be laid out so.
     """
-    kept = Kept(checkpoint)
-    refuse_other_weights(checkpoint, kept.shapes, layout.shapes)
     own = _own(checkpoint, trainer.args.process_index) if same else None
     own = own and _beside(own, layout.slots)
-    with torch.no_grad():
+    with Kept(checkpoint) as kept, torch.no_grad():
+        refuse_other_weights(checkpoint, kept.shapes, layout.shapes)
         for number, slot in enumerate(layout.slots):
             for piece in slot.pieces:
                 kept.fill(slot.flat.narrow(0, piece.offset, piece.count), piece.name, WEIGHT, piece.start)
@@ -360,10 +370,14 @@ def restore_parts(trainer: Trainer, layout: Layout, checkpoint: Path, same: bool
             if state:
                 layout.optimizer.state[slot.key] = state
         take_up(layout, lambda name: _whole(kept, name))
-    for slot in layout.slots:
-        group = layout.optimizer.param_groups[slot.group]
-        group.update({key: value for key, value in kept.numbers(slot.names).items() if same or key in group})
-    trainer.lr_scheduler.load_state_dict(_schedule(kept, layout, same))
+        for slot in layout.slots:
+            group = layout.optimizer.param_groups[slot.group]
+            group.update({key: value for key, value in kept.numbers(slot.names).items() if same or key in group})
+        trainer.lr_scheduler.load_state_dict(_schedule(kept, layout, same))
+        _restore_scalers(trainer, layout, kept)
+
+
+def _restore_scalers(trainer: Trainer, layout: Layout, kept: Kept) -> None:
     scaler = getattr(trainer.accelerator, "scaler", None)
     if scaler is not None and kept.common["scaler"] is not None:
         scaler.load_state_dict(kept.common["scaler"])
@@ -383,7 +397,7 @@ def _schedule(kept: Kept, layout: Layout, same: bool) -> dict[str, Any]:
 
 
 def _whole(kept: Kept, name: str) -> Tensor:
-    weight = torch.empty(int(torch.Size(kept.shapes[name]).numel()), dtype=torch.float32)
+    weight = torch.empty(math.prod(kept.shapes[name]), dtype=torch.float32)
     kept.fill(weight, name, WEIGHT, 0)
     return weight
 

@@ -286,10 +286,14 @@ class Saver(TrainerCallback):
             DiskError: a rank could not write, and training.on_save_error says stop.
         """
         while (parts := self._parts) is not None:
-            if wait:
-                self._writer.wait()
-            if self._is_busy_anywhere():
-                return
+            pause = 0.001
+            while self._is_busy_anywhere():
+                if not wait:
+                    return
+                # Asked again and again, since an operation of all ranks that waited for a slow disk would time out.
+                time.sleep(pause)
+                pause = min(1.0, 2 * pause)
+            self._writer.wait()
             try:
                 self._together(parts.target, self._writer.raise_failure)
                 if not parts.is_laid:

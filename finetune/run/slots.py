@@ -51,17 +51,20 @@ class Slot:
 
     Attributes:
         key: under which the optimizer keeps its state.
-        flat: the numbers of `key` on this process, a view (N,).
         group: the number of its group of parameters.
         names: of the weights that it may hold pieces of.
         pieces: those that it holds.
     """
 
     key: Tensor
-    flat: Tensor
     group: int
     names: tuple[str, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def flat(self) -> Tensor:
+        """The numbers of `key` on this process, a view (N,)."""
+        return local(self.key.detach()).view(-1)
 
     def laid(self, flat: Tensor) -> Tensor:
         """State (N,) in the form that the optimizer keeps beside `key`."""
@@ -131,9 +134,8 @@ def _of_parameters(optimizer: torch.optim.Optimizer, named: dict[int, str]) -> I
             name = named.get(id(key), "")
             if not local(key).is_contiguous():
                 raise RefusedError(f"{name}: its numbers do not lie one after the other; report this")
-            flat = local(key.detach()).view(-1)
-            piece = Piece(name, _first(key), flat.numel(), 0)
-            yield Slot(key, flat, group, (name,), (piece,) if piece.count else ())
+            piece = Piece(name, _first(key), local(key).numel(), 0)
+            yield Slot(key, group, (name,), (piece,) if piece.count else ())
 
 
 def _first(key: Tensor) -> int:
@@ -155,7 +157,7 @@ def _of_zero(zero: Any, named: dict[int, str]) -> Iterator[Slot]:
             Piece(name, at.lp_fragment_address.start, at.lp_fragment_address.numel, at.hp_fragment_address.start)
             for name, at in mapped
         ]
-        yield Slot(key, key.detach().view(-1), group, tuple(named[id(p)] for p in parameters), tuple(pieces))
+        yield Slot(key, group, tuple(named[id(p)] for p in parameters), tuple(pieces))
 
 
 def _of_zero3(zero: Any, named: dict[int, str]) -> Iterator[Slot]:
@@ -173,7 +175,7 @@ def _of_zero3(zero: Any, named: dict[int, str]) -> Iterator[Slot]:
             if count:
                 pieces.append(Piece(named[id(parameter)], start, count, offset))
         names = tuple(named[id(p)] for p in parameters)
-        yield Slot(key, key.detach().view(-1), zero.sub_group_to_group_id[number], names, tuple(pieces))
+        yield Slot(key, zero.sub_group_to_group_id[number], names, tuple(pieces))
 
 
 def take_up(layout: Layout, whole: Callable[[str], Tensor]) -> None:
