@@ -208,9 +208,11 @@ def _load(product: Product, options: ModelOptions, base: Base, hardware: Hardwar
     from finetune.plan.hardware import compute_dtype
 
     compute = compute_dtype(options.dtype, hardware)
-    quantized = (product.facts.get("quantization") or {}).get("kind", "none")
+    held = product.facts.get("quantization") or {}
+    quantized = held.get("kind", "none")
     options = options.model_copy(update={"quantization": quantized})
-    kept = Precision(compute=compute, base=compute if quantized == "none" else quantized)
+    before = held.get("compute_dtype", "") if quantized == "nf4" else ""  # as in training, wherever it is evaluated
+    kept = Precision(compute=compute, base=compute if quantized == "none" else quantized, quantised_from=before)
     place = None if hardware.device == "cpu" else torch.device(hardware.device)
     attn = "sdpa" if options.attn_implementation == "auto" else options.attn_implementation
     model: Any = load_base(options, base, kept, attn, place)

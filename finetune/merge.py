@@ -193,14 +193,17 @@ def prove(product: Product, base: Base, options: ModelOptions, merged: Path, voc
     from finetune.run.folder import RunFolder
 
     assert product.adapter is not None, "only adapters are merged"
-    quantized = (product.facts.get("quantization") or {}).get("kind", "none")
+    held = product.facts.get("quantization") or {}
+    quantized = held.get("kind", "none")
     as_trained = options.model_copy(update={"quantization": quantized})
     file = RunFolder(product.folder).probe
     own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     tokenizer = load_tokenizer(options, base)
     refuse_other_ids(product.facts, new_ids(options, tokenizer))
     rows = probe_rows(own, lambda text: list(tokenizer(text)["input_ids"]))
-    kept = Precision(compute="float32", base="float32" if quantized == "none" else quantized)
+    # In 4 bits the base is held as in training, to the bit, also where that quantised from another precision.
+    before = held.get("compute_dtype", "") if quantized == "nf4" else ""
+    kept = Precision(compute="float32", base="float32" if quantized == "none" else quantized, quantised_from=before)
     plain = load_base(as_trained, base, kept, "eager")
     if vocabulary:  # the adapter holds the new rows
         plain.resize_token_embeddings(vocabulary, mean_resizing=False)

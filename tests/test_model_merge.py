@@ -424,7 +424,8 @@ def own_weight(module: LoraLayer) -> Tensor:
 
 
 @with_bitsandbytes
-@pytest.mark.parametrize(("kind", "compute"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base_is_merged_as_it_was_trained_on(tmp_path: Path, kind: str, compute: str) -> None:
     base = zoo.folder(tmp_path / "base", "qwen2", hidden_size=128, intermediate_size=256, head_dim=32)
     model = quantised(base, kind, compute)
@@ -458,6 +459,44 @@ class _Plain:
 
     def get_base_layer(self) -> Any:
         return self.layer
+
+
+@with_bitsandbytes
+@pytest.mark.parametrize("files", [torch.float32, torch.bfloat16])
+def test_a_proof_in_float32_holds_the_blocks_that_training_in_bfloat16_had(tmp_path: Path, files: torch.dtype) -> None:
+    """Of linear layers and of experts: the same bytes, which stand for the same numbers, and products in float32."""
+    base = zoo.folder(tmp_path / "base", "moe", dtype=files)
+    options = ModelOptions(name_or_path=str(base), quantization="nf4")
+    in_training = load_base(options, find(str(base)), Precision("bfloat16", "nf4"), "eager")
+    proof = Precision("float32", "nf4", quantised_from="bfloat16")
+    in_proof = load_base(options, find(str(base)), proof, "eager")
+    held = quantise.quantised(in_training, "nf4", "bfloat16")
+    assert held is not None
+    assert held == quantise.quantised(in_proof, "nf4", "bfloat16")
+    assert len(held.modules) >= 8
+    assert len(held.experts) >= 2
+    seen: list[torch.dtype] = []
+    for name in held.modules:
+        ours, theirs = (model.get_submodule(name) for model in (in_proof, in_training))
+        assert torch.equal(ours.weight.data, theirs.weight.data)
+        values = [own_weight(_Plain(one)) for one in (ours, theirs)]  # type: ignore[arg-type]
+        assert torch.equal(*values)
+        ours.register_forward_hook(lambda _module, _inputs, answer: seen.append(answer.dtype))
+    for name in held.experts:
+        place, _, leaf = name.rpartition(".")
+        ours, theirs = (model.get_submodule(place) for model in (in_proof, in_training))
+        for expert in range(ours.num_experts):
+            assert torch.equal(ours.slice_of(leaf, expert).whole(), theirs.slice_of(leaf, expert).whole())
+        ours.register_forward_hook(lambda _module, _inputs, answer: seen.append(answer.dtype))
+    with torch.no_grad():
+        assert in_proof(zoo.ids()).logits.dtype == torch.float32
+    assert set(seen) == {torch.float32}
+    other = load_base(options, find(str(base)), Precision("float32", "nf4"), "eager")
+    same = [
+        torch.equal(other.get_submodule(name).weight.data, in_training.get_submodule(name).weight.data)
+        for name in held.modules
+    ]
+    assert all(same) == (files == torch.bfloat16), "from bfloat16 files the bytes are the same either way"
 
 
 @with_bitsandbytes

@@ -37,12 +37,15 @@ class Precision:
         base: the base weights in memory; "nf4" or "int8" when quantised.
         trained: the weights that are trained: the adapter, or the whole base.
         optimizer: the optimizer's state.
+        quantised_from: what weights are rounded to before they become "nf4", where that is not `compute`; empty where
+            it is. The proof of a merge computes in float32 what training had quantised from bfloat16.
     """
 
     compute: str
     base: str
     trained: str = "float32"
     optimizer: str = "float32"
+    quantised_from: str = ""
 
     def facts(self) -> dict[str, str]:
         """As a resolved recipe states them."""
@@ -93,7 +96,7 @@ def attention(options: ModelOptions, device: str, longest: int) -> Attention:
     return Attention("eager" if longest <= EAGER_UP_TO else "sdpa", "eager")
 
 
-def _quantization(options: ModelOptions, base: Base, compute: str, sharded: bool) -> BitsAndBytesConfig | None:
+def _quantization(options: ModelOptions, base: Base, kept: Precision, sharded: bool) -> BitsAndBytesConfig | None:
     """What transformers is told to quantise, and to leave whole, as it reads the files.
 
     FSDP shards numbers that could have a gradient, and leaves bytes whole on each process: where it is to shard 4-bit
@@ -107,6 +110,7 @@ def _quantization(options: ModelOptions, base: Base, compute: str, sharded: bool
         raise EnvironmentFault(
             f"model.quantization: {options.quantization} needs bitsandbytes: pip install 'finetune-recipes[quant]'"
         ) from error
+    compute, held = kept.compute, kept.quantised_from
     bare = skeleton(options, base, compute)
     planned = plan(bare, match(options.family, bare.config.model_type), options.quantization)
     if options.quantization == "int8":
@@ -119,11 +123,11 @@ def _quantization(options: ModelOptions, base: Base, compute: str, sharded: bool
         bnb_4bit_quant_storage=getattr(torch, compute) if sharded else torch.uint8,
         llm_int8_skip_modules=planned.skip_patterns(),
     )
-    if not planned.experts:
+    if not planned.experts and not held:
         return config
     from finetune.model.quantise_experts import with_experts
 
-    return with_experts(config, planned.experts)
+    return with_experts(config, planned.experts, getattr(torch, held) if held else None)
 
 
 def load_base(
@@ -152,7 +156,7 @@ def load_base(
     held = stored(options.name_or_path, base.config, options.quantization)
     if held is not None and not held.dequantised:
         refuse_transposed(options.name_or_path, skeleton(options, base, kept.base), held)
-    quantization = _quantization(options, base, kept.compute, sharded)
+    quantization = _quantization(options, base, kept, sharded)
     dtype = getattr(torch, kept.compute if quantization is not None else kept.base)
     arguments: dict[str, Any] = {
         "dtype": dtype,

@@ -103,15 +103,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Slice) -> Tensor:
-        ctx.weight = weight
-        whole = weight.whole()
+        ctx.weight, ctx.dtype = weight, x.dtype
+        whole = weight.whole().to(x.dtype)
         return x @ (whole if weight.transposed else whole.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        whole = ctx.weight.whole()
         (grad,) = grads
-        return grad.to(whole.dtype) @ (whole.mT if ctx.weight.transposed else whole), None
+        whole = ctx.weight.whole().to(ctx.dtype)
+        return grad.to(ctx.dtype) @ (whole.mT if ctx.weight.transposed else whole), None
 
 
 @dataclass(frozen=True)
@@ -133,18 +133,20 @@ class ExpertsNF4(nn.Module):
     """What an experts module of transformers becomes: its parameters packed, its forward expert by expert.
 
     Its class keeps the methods of the class it had (activation, gate). `updates` holds, while a forward runs, the LoRA
-    of each parameter (model/quantise_lora.py puts it there).
+    of each parameter (model/quantise_lora.py puts it there). Weights are quantised from `held_dtype`, and products are
+    taken in `compute_dtype`, which is the same but in the proof of a merge.
     """
 
     updates: dict[str, list[Factors]]
     shapes: dict[str, tuple[int, int, int]]
     compute_dtype: torch.dtype
+    held_dtype: torch.dtype
 
     def slice_of(self, name: str, expert: int) -> Slice:
         """The matrix of one expert in the parameter `name`."""
         packed, absmax, nested, offset = (getattr(self, one)[expert] for one in (name, *_scales_of(name)))
         _, rows, columns = self.shapes[name]
-        return Slice(packed, absmax, nested, offset, (rows, columns), self.compute_dtype, bool(self.is_transposed))
+        return Slice(packed, absmax, nested, offset, (rows, columns), self.held_dtype, bool(self.is_transposed))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the experts of transformers: hidden_states (tokens, hidden), the others (tokens, experts per token)."""
@@ -181,19 +183,20 @@ def can_be_packed(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and not getattr(module, "has_post_expert_norm", True)
 
 
-def pack(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+def pack(module: nn.Module, name: str, value: Tensor, compute: torch.dtype | None = None) -> nn.Parameter:
     """Put the scales of a parameter into its module and turn that into `ExpertsNF4`; gives the packed parameter.
 
     Args:
         module: an experts module that `can_be_packed`.
         name: of the parameter.
-        value: (experts, rows, columns), in the precision of matrix products.
+        value: (experts, rows, columns), in the precision that it is quantised from.
+        compute: the precision of matrix products; None for the same.
     """
     if not isinstance(module, ExpertsNF4):
         kind = type(module)
         module.__class__ = type(f"{kind.__name__}NF4", (ExpertsNF4, kind), {"__module__": kind.__module__})
         module.updates, module.shapes = {}, {}
-    module.compute_dtype = value.dtype
+    module.held_dtype, module.compute_dtype = value.dtype, compute or value.dtype
     module.shapes[name] = (value.shape[0], value.shape[1], value.shape[2])
     packed, *scales = (torch.stack(parts) for parts in zip(*map(quantised, value), strict=True))
     for called, scale in zip(_scales_of(name), scales, strict=True):
@@ -209,15 +212,17 @@ class _Pack(Bnb4bitQuantize):
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **how: Any) -> dict[str, Tensor]:
         """Of experts the packed parameter by its full name; of other weights what bitsandbytes makes of them."""
-        experts = self.hf_quantizer.quantization_config.experts
+        config = self.hf_quantizer.quantization_config
         found: dict[str, Tensor] = {}
         for full, value in input_dict.items():
-            if full in experts:
+            tensor = value[0] if isinstance(value, list) else value
+            compute = tensor.dtype
+            tensor = tensor.to(config.held or compute)
+            if full in config.experts:
                 place, _, name = full.rpartition(".")
-                tensor = value[0] if isinstance(value, list) else value
-                found[full] = pack(model.get_submodule(place), name, tensor)
+                found[full] = pack(model.get_submodule(place), name, tensor, compute)
             else:
-                found |= super().convert({full: value}, model=model, **how)
+                found |= super().convert({full: [tensor]}, model=model, **how)
         return found
 
 
@@ -242,8 +247,16 @@ class _Quantiser(Bnb4BitHfQuantizer):
         return super()._process_model_after_weight_loading(model, **how)
 
 
-def with_experts(config: BitsAndBytesConfig, experts: Iterable[str]) -> BitsAndBytesConfig:
-    """The configuration, for a load that quantises the parameters of these full names as well."""
+def with_experts(
+    config: BitsAndBytesConfig, experts: Iterable[str], held: torch.dtype | None = None
+) -> BitsAndBytesConfig:
+    """The configuration, for a load that quantises the parameters of these full names as well.
+
+    Args:
+        config: of the linear layers.
+        experts: full names of parameters of routed experts.
+        held: what weights are rounded to before they are quantised; None for the precision that they are read in.
+    """
     config.quant_method = METHOD
-    config.experts = frozenset(experts)
+    config.experts, config.held = frozenset(experts), held
     return config

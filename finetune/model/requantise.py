@@ -91,7 +91,7 @@ class Requantiser:
         if self.kind == "nf4":
             packed, state = bnb.quantize_4bit(weight.to(self.dtype), compress_statistics=True, quant_type="nf4")
             return bnb.dequantize_4bit(packed, state)
-        rows, statistics, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        rows, statistics, _ = bnb.int8_vectorwise_quant(weight.to(self.dtype).to(torch.float16))
         return rows.float() * statistics[:, None] / 127.0
 
     def _experts(self, weight: Tensor) -> Tensor:
