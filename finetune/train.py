@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import (
@@ -151,6 +151,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
 
     from finetune.assemble import assemble
     from finetune.run import ranks
+    from finetune.run.ending import as_fault
     from finetune.run.watch import GRACE
     from finetune.supply import supply
 
@@ -159,12 +160,35 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     supplies = supply(loaded, checked, process)
     if mode.kind == "deepspeed" and process.launched.local_rank == 0:
         _remove_stale_locks(process.say)
-    ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
+
+    def explained(error: BaseException) -> BaseException:
+        return as_fault(error, lambda: _remedies(loaded, checked, process, supplies))
+
     try:
+        ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
         _agree(loaded, checked, process, supplies)
-        return _run(assemble(loaded, checked, process, supplies))
+        return _run(assemble(loaded, checked, process, supplies), explained)
+    except Exception as error:
+        if (shown := explained(error)) is error:
+            raise
+        raise shown from error
     finally:
         ranks.stop()
+
+
+def _remedies(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> list[str]:
+    """What to change in this recipe so that it takes less memory."""
+    from finetune.recipe.combinations import recipe_facts
+    from finetune.run.shortage import Situation, remedies
+
+    recipe, plain, hardware = loaded.recipe, loaded.resolved(), process.hardware
+    recomputes = recipe.training.activation_checkpointing
+    facts = {**recipe_facts(lambda section, name: plain[section][name]), "parallelism": checked.mode.facts}
+    now = Situation(
+        process.shape, checked.mode, hardware.device, hardware.count, supplies.data.longest,
+        hardware.device != "cpu" if recomputes == "auto" else recomputes, supplies.data.validation is not None, facts,
+    )  # fmt: skip
+    return list(remedies(recipe.model, recipe.data, recipe.training, recipe.launch, now))
 
 
 def _remove_stale_locks(say: Say) -> None:
@@ -199,10 +223,15 @@ def _agree(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: S
     ranks.agree(process.launched, held)
 
 
-def _run(ready: Ready) -> dict[str, Any]:
-    """Train, save, prove; however it ends, exit.json says so."""
+def _run(ready: Ready, explained: Callable[[BaseException], BaseException]) -> dict[str, Any]:
+    """Train, save, prove; however it ends, exit.json says so.
+
+    Args:
+        ready: what training begins with.
+        explained: the error a user is shown for what ended it.
+    """
     from finetune.run import ranks
-    from finetune.run.ending import as_fault, code_and_reason, with_blame
+    from finetune.run.ending import code_and_reason, with_blame
     from finetune.run.track import Trackers
 
     loaded, trainer, launched, say = ready.loaded, ready.trainer, ready.launched, ready.say
@@ -234,13 +263,15 @@ def _run(ready: Ready) -> dict[str, Any]:
         facts = finish(ready, time.monotonic() - started)
     except BaseException as error:
         ready.watch.give_way()
-        shown = with_blame(as_fault(error), ready.watch.blame)
+        shown = with_blame(explained(error), ready.watch.blame)
         # Of rows that are streamed all ranks meet the same fault.
         together = isinstance(error, StoppedError | NonFiniteError) or (
             isinstance(error, DataError) and loaded.recipe.data.streaming
         )
-        if launched.is_main or (isinstance(shown, HangError) and ready.watch.speaks()):  # rank 0 may be who is gone
-            folder.write_exit(*code_and_reason(shown), trainer.state.global_step)
+        told = code_and_reason(shown)
+        speaks = ready.watch.speaks() if isinstance(shown, HangError) else not together and ready.watch.confess(*told)
+        if launched.is_main or (speaks and not folder.exit.exists()):  # rank 0 may be gone, or wait for this one
+            folder.write_exit(*told, trainer.state.global_step)
         if shown is error:
             raise
         raise shown from error

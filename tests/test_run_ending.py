@@ -13,7 +13,11 @@ from finetune.run.ending import as_fault, code_and_reason
     ("error", "code", "said"),
     [
         (KeyboardInterrupt(), ExitCode.STOPPED, "stopped at once"),
-        (torch.OutOfMemoryError("CUDA out of memory\nmore"), ExitCode.ENVIRONMENT, "per_device_train_batch_size"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory\nmore"),
+            ExitCode.ENVIRONMENT,
+            "out of memory: CUDA out of memory\n",
+        ),
         (RuntimeError("Timed out waiting 20000ms for recv"), ExitCode.HANG, "within launch.timeout"),
         (RuntimeError("Read error: Connection reset by peer"), ExitCode.HANG, "another process of this run died"),
         (DiskError("no space"), ExitCode.DISK, "no space"),

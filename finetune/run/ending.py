@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
+from collections.abc import Callable, Iterable
 
 from finetune.errors import ExitCode, FinetuneError, HangError, HardwareError, StoppedError
+from finetune.run.shortage import is_shortage
 
 # What gloo and NCCL say when a rank is gone or silent; neither has an error type of its own for it.
 _SILENT_PEER = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Watchdog caught")
 
 
-def as_fault(error: BaseException) -> BaseException:
-    """The error a user is shown for what ended the training; an unexpected one stays as it is, with its traceback."""
+def as_fault(error: BaseException, remedies: Callable[[], Iterable[str]] = tuple) -> BaseException:
+    """The error a user is shown for what ended the training; an unexpected one stays as it is, with its traceback.
+
+    Args:
+        error: what ended it.
+        remedies: what would take less memory, a line each; asked only when memory ran out.
+    """
+    if isinstance(error, FinetuneError):
+        return error
     if isinstance(error, KeyboardInterrupt):
         return StoppedError("stopped at once on the second signal; the same command continues from the last checkpoint")
-    if isinstance(error, torch.OutOfMemoryError):
-        return HardwareError(
-            "out of memory; halve training.per_device_train_batch_size (global_batch_size stays), set "
-            "training.activation_checkpointing: true, lower data.max_length, or set model.quantization: nf4 "
-            f"({str(error).splitlines()[0]})"
+    if is_shortage(error):
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        lines = [f"  {remedy}" for remedy in remedies()]
+        if lines:
+            lines.insert(0, "Each of these takes less, and the upper ones leave the result alone:")
+        lines.insert(0, f"out of memory: {first}")
+        lines.append(
+            "The same command continues from the last checkpoint; where a changed key counts as drift, it says with "
+            "which --allow-drift, or that it needs a run of its own"
         )
+        return HardwareError("\n".join(lines))
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SILENT_PEER):
         return HangError(
             f"another process of this run died, or did not answer within launch.timeout: {str(error).splitlines()[0]}; "
@@ -30,11 +41,12 @@ def as_fault(error: BaseException) -> BaseException:
     return error
 
 
-def with_blame(fault: BaseException, blame: Callable[[], str]) -> BaseException:
-    """A HangError that names who is gone, where the watchdog can tell; any other error as it is."""
+def with_blame(fault: BaseException, blame: Callable[[], FinetuneError | str]) -> BaseException:
+    """Of a HangError: what the process that is gone said, or else who it is, where the watchdog can tell; any other
+    error as it is."""
     if not isinstance(fault, HangError) or not (named := blame()):
         return fault
-    return HangError(f"{named}. {fault}")
+    return named if isinstance(named, FinetuneError) else HangError(f"{named}. {fault}")
 
 
 def code_and_reason(error: BaseException) -> tuple[int, str]:

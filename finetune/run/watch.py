@@ -30,7 +30,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.errors import ExitCode
+from finetune.errors import ExitCode, FinetuneError
 from finetune.run.folder import now
 from finetune.run.ranks import World, from_main
 
@@ -258,16 +258,40 @@ class Watch(TrainerCallback):
         if self._ending.is_set():
             time.sleep(10 * LAST_WORDS)
 
-    def blame(self) -> str:
-        """Who is gone, once an operation of all processes has failed; empty where that cannot be told."""
+    def confess(self, code: int, reason: str) -> bool:
+        """Tell the others why this process ends, before they find it dead; whether it is the first that does."""
+        told = json.dumps({"rank": self.launched.rank, "exit_code": code, "reason": reason})
+        with contextlib.suppress(RuntimeError):
+            return self._store is None or self._store.compare_set("failed", "", told).decode() == told
+        return False
+
+    def _confessed(self) -> FinetuneError | str:
+        """What another process has said it fails with, or whom it found gone before it ended."""
+        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0, which says itself why it ends
+            if self._store is not None and self._store.check(["failed"]):
+                told = json.loads(self._store.get("failed"))
+                if told["exit_code"] == ExitCode.HANG:
+                    return str(told["reason"])
+                reason = told["reason"] if self.launched.is_main else told["reason"].splitlines()[0]
+                error = FinetuneError(f"rank {told['rank']} (counted from 0): {reason}")
+                error.exit_code = told["exit_code"]
+                return error
+        return ""
+
+    def blame(self) -> FinetuneError | str:
+        """Who is gone, once an operation of all processes has failed, or what it said why; empty where neither can be
+        told."""
         deadline = time.monotonic() + SILENT + 2 * BEAT
         while self._heard and time.monotonic() < deadline:
+            if said := self._confessed():
+                return said
             if gone := self._gone():
                 self._wake()
                 time.sleep(3 * BEAT)  # others of a lost host spoke last a little later
                 gone = {**self._gone(), **gone}
                 self._kill()
-                return self._named(sorted(gone.items()))
+                verdict = self._named(sorted(gone.items()))
+                return verdict if self.confess(ExitCode.HANG, verdict) else self._confessed() or verdict
             time.sleep(BEAT / 2)
         return ""
 
