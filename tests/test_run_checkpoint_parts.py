@@ -5,19 +5,29 @@ Any number of processes in any mode can go on from one.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny import Lab
 from warm import Child, Outcome
 
+from finetune.errors import RefusedError
 from finetune.files import manifest_faults
+from finetune.run.checkpoint_parts import Kept
+from finetune.run.checkpoint_state import WEIGHT
 
 CHANGES: dict[str, Any] = {
     "adapter.lora_dropout": 0.1,
@@ -71,6 +81,52 @@ def newest(lab: Lab) -> Path:
     """The last checkpoint of a run."""
     return max((lab / "run/checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
+
+# -- runs of numbers -------------------------------------------------------------------------------------------------
+
+SHAPES = {"a.weight": (7, 5), "b": (3,), "c": (2, 2, 4)}
+
+
+def in_parts(folder: Path, cuts: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Write what a checkpoint says of weights that are cut at given places, each piece on another rank."""
+    ranks = 1 + max(len(places) for places in cuts.values())
+    whole = {name: torch.randn(math.prod(shape)) for name, shape in SHAPES.items()}
+    for rank in range(ranks):
+        held, pieces = {}, {}
+        for name, places in cuts.items():
+            edges = [0, *sorted(places), math.prod(SHAPES[name])]
+            if rank + 1 < len(edges) and edges[rank] < edges[rank + 1]:
+                pieces[name] = [edges[rank], edges[rank + 1] - edges[rank]]
+                held |= {f"{kind}/{name}": whole[name][edges[rank] : edges[rank + 1]] * sign
+                         for kind, sign in ((WEIGHT, 1), ("exp_avg", -1))}  # fmt: skip
+        save_file(held, folder / f"part-{rank}.safetensors")
+        (folder / f"part-{rank}.json").write_text(json.dumps({"pieces": pieces, "counts": {}}))
+    stated = {"parts": ranks, "trained": SHAPES, "names": [list(SHAPES)], "state": {"groups": [{"lr": 0.1}]}}
+    (folder / "state.json").write_text(json.dumps(stated))
+    return whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_run_of_numbers_is_read_whoever_wrote_its_pieces(data: st.DataObject) -> None:
+    cuts = {name: data.draw(st.lists(st.integers(0, math.prod(shape)), max_size=4)) for name, shape in SHAPES.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        whole = in_parts(Path(folder), cuts)
+        with Kept(Path(folder)) as kept:
+            assert kept.shapes == SHAPES
+            for name, shape in SHAPES.items():
+                start = data.draw(st.integers(0, math.prod(shape)))
+                into = torch.zeros(data.draw(st.integers(0, math.prod(shape) - start)))
+                kept.fill(into, name, WEIGHT, start)
+                assert torch.equal(into, whole[name][start : start + len(into)])
+                kept.fill(into, name, "exp_avg", start)
+                assert torch.equal(into, -whole[name][start : start + len(into)])
+            assert kept.kinds(("b",)) == ["exp_avg"]
+            with pytest.raises(RefusedError, match="1 numbers of its weight are in no part"):
+                kept.fill(torch.zeros(4), "b", WEIGHT, 0)
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
 
 FULL = {"adapter": {"method": "none"}, "training.learning_rate": 1e-4}
 SLOW = pytest.mark.slow
