@@ -164,7 +164,7 @@ def test_a_killed_run_of_parts_goes_on_to_the_same_bits(lab: Lab, mode: str, cha
     ("mode", "count", "then", "processes", "changes"),
     [
         ("zero2", 2, "one", 1, {}),
-        ("zero3", 2, "fsdp2", 2, {}),
+        pytest.param("zero3", 2, "fsdp2", 2, {}, marks=SLOW),
         pytest.param("one", 1, "zero2", 2, {}, marks=SLOW),
         pytest.param("ddp", 2, "zero3", 2, {}, marks=SLOW),
         pytest.param("fsdp2", 2, "ddp", 2, {}, marks=SLOW),
@@ -236,7 +236,8 @@ def test_the_adapter_of_a_checkpoint_in_parts_is_whole_and_plain_peft_loads_it(l
     assert PeftModel.from_pretrained(base, str(newest(lab))).peft_config["default"].inference_mode
 
 
-@pytest.mark.parametrize("mode", ["zero2", pytest.param("zero3", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("mode", ["zero2", "zero3"])
 def test_a_state_that_goes_by_another_key_is_kept_for_the_same_processes_only(lab: Lab, mode: str) -> None:
     changes = {"training.optim": "adafactor"}
     for outcome in ended(start(lab, mode, {**changes, "output_dir": "whole"})):
@@ -268,8 +269,8 @@ def test_an_accepted_learning_rate_is_the_one_that_trains_parts(lab: Lab, mode: 
 @pytest.mark.parametrize(
     ("rank", "at", "kind"),
     [
-        (0, 1, "ENOSPC"),  # the folder
-        (0, 9, "EIO"),  # a part, or what is the same for all
+        pytest.param(0, 1, "ENOSPC", marks=SLOW),  # the folder
+        pytest.param(0, 9, "EIO", marks=SLOW),  # a part, or what is the same for all
         (1, 3, "ENOSPC"),
     ],
 )
