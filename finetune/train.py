@@ -153,10 +153,12 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     from finetune.run import ranks
     from finetune.run.ending import as_fault
     from finetune.run.watch import GRACE
+    from finetune.run.zero import own_optimizer
     from finetune.supply import supply
 
     recipe, mode = loaded.recipe, checked.mode
     process = process_of(recipe, mode, hardware)
+    process.say("note", mode.note)
     supplies = supply(loaded, checked, process)
     if mode.kind == "deepspeed" and process.launched.local_rank == 0:
         _remove_stale_locks(process.say)
@@ -167,6 +169,8 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     try:
         ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
         _agree(loaded, checked, process, supplies)
+        if mode.kind == "deepspeed" and own_optimizer(mode.settings):
+            _compile_optimizer(process)
         return _run(assemble(loaded, checked, process, supplies), explained)
     except Exception as error:
         if (shown := explained(error)) is error:
@@ -197,6 +201,17 @@ def _remove_stale_locks(say: Say) -> None:
 
     for lock in remove_stale_locks(extensions_folder(os.environ)):
         say("removed", f"{lock}, left by a compilation that was killed; DeepSpeed would wait for it for ever")
+
+
+def _compile_optimizer(process: Process) -> None:
+    """Have DeepSpeed's optimizer for CPUs compiled on the first host, before all processes wait for it at once."""
+    from finetune.run.builds import compile_optimizer, extensions_folder
+    from finetune.run.wait import from_main_in_time
+
+    def long() -> None:
+        process.say("compiles", "DeepSpeed's optimizer for the CPU, once, which takes minutes")
+
+    from_main_in_time(process.launched, lambda: compile_optimizer(extensions_folder(os.environ)), long)
 
 
 def _agree(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:

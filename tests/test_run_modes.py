@@ -292,6 +292,18 @@ def test_a_deepspeed_value_that_contradicts_the_recipe_is_refused(key: str, valu
     assert re.search(said, fault)
 
 
+def test_deepspeeds_own_optimizer_does_not_take_the_place_of_another_kind(configs: Path) -> None:
+    offloaded = dict(shipped(configs, "zero3-offload").settings)
+    other = TRAINING.model_copy(update={"optim": "sgd"})
+    assert faults(Mode("deepspeed", "own.json", offloaded), MODEL, other, SHAPE) == []  # torch's is taken
+    for forced in ({"zero_force_ds_cpu_optimizer": True}, {}):
+        given = {name: value for name, value in offloaded.items() if name != "zero_force_ds_cpu_optimizer"} | forced
+        (fault,) = faults(Mode("deepspeed", "own.json", given), MODEL, other, SHAPE)
+        assert fault.startswith("own.json: ")
+        assert "training.optim: sgd" in fault
+        assert faults(Mode("deepspeed", "own.json", given), MODEL, TRAINING, SHAPE) == []
+
+
 def test_a_deepspeed_value_that_agrees_with_the_recipe_is_let_through() -> None:
     settings = {
         "zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4, "train_micro_batch_size_per_gpu": 2,
@@ -334,6 +346,15 @@ def test_fsdp_is_told_in_the_words_of_the_trainer(configs: Path) -> None:
     assert made["auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
     assert made["state_dict_type"] == "SHARDED_STATE_DICT"
     assert made["cpu_offload"] is False
+
+
+def test_loading_on_one_process_alone_is_said_not_to_be_followed(configs: Path, tmp_path: Path) -> None:
+    assert [shipped(configs, name).note for name, _, _ in SHIPPED] == [""] * len(SHIPPED)
+    asked = fsdp_file(tmp_path, {"fsdp_cpu_ram_efficient_loading": True})
+    assert "every process reads the whole base" in read_mode(asked, configs).note
+    by_default = mode_of(LaunchOptions(), configs, {"ACCELERATE_USE_FSDP": "true", **launched(asked)})
+    assert by_default.note == read_mode(asked, configs).note
+    assert fsdp_config(by_default.settings)["cpu_ram_efficient_loading"] == "false"
 
 
 def test_entering_a_mode_clears_the_variable_that_would_leave_deepspeed_out(configs: Path) -> None:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from finetune.errors import EnvironmentFault
+
 # Seconds. The process that has just made a lock may not have started its compiler yet, and one of another host that
 # shares the folder cannot be seen; no extension takes that long to compile.
 YOUNG = 600.0
@@ -43,6 +45,32 @@ def remove_stale_locks(folder: Path) -> list[Path]:
         except OSError:  # its owner was quicker
             continue
     return removed
+
+
+def compile_optimizer(folder: Path) -> None:
+    """Have DeepSpeed's optimizer for CPUs compiled below `folder`, a matter of minutes, where it is not yet.
+
+    DeepSpeed does so by itself, but while all processes wait in the first operation of all, which gives up, and behind
+    a lock that it waits for without end, were it left by a process that was killed just before.
+
+    Args:
+        folder: from `extensions_folder`.
+
+    Raises:
+        EnvironmentFault: it cannot be compiled.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    while any(folder.glob(f"{place}cpu_adam/lock") for place in ("", "*/")):
+        remove_stale_locks(folder)
+        time.sleep(1.0)
+    try:
+        CPUAdamBuilder().load()
+    except (RuntimeError, OSError, ImportError) as error:
+        raise EnvironmentFault(
+            f"DeepSpeed's optimizer for the CPU cannot be compiled ({str(error).splitlines()[0]}); write "
+            "\"zero_force_ds_cpu_optimizer\": false in DeepSpeed's configuration, for which torch's is taken"
+        ) from error
 
 
 def _working_folders() -> set[Path]:

@@ -135,6 +135,19 @@ def faults(settings: Mapping[str, str], source: str, model: ModelOptions, device
     return found
 
 
+def note(settings: Mapping[str, str]) -> str:
+    """What of these values is not followed, though it does no harm; empty where all is.
+
+    accelerate's launcher also sets it to true for a file that does not say it.
+    """
+    if settings.get("cpu_ram_efficient_loading") != "true":
+        return ""
+    return (
+        "fsdp_cpu_ram_efficient_loading: true is not followed: every process reads the whole base into the host's "
+        "memory, since base and adapter are checked before they are spread"
+    )
+
+
 def fsdp_config(settings: Mapping[str, str]) -> dict[str, Any]:
     """FSDP's configuration by the names of TrainingArguments.
 

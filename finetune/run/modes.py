@@ -62,6 +62,11 @@ class Mode:
         names = {"ddp": "", "deepspeed": f"ZeRO-{self.stage}", "fsdp": "FSDP"}
         return frozenset(filter(None, [names[self.kind]]))
 
+    @property
+    def note(self) -> str:
+        """What of the configuration is not followed, in words; empty where all is."""
+        return fsdp.note(self.settings) if self.kind == "fsdp" else ""
+
     def __str__(self) -> str:
         """As a reader knows it."""
         if self.kind == "ddp":

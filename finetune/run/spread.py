@@ -61,18 +61,26 @@ def name_layers(model: nn.Module, family: Family | None, arguments: TrainingArgu
         there = {type(module).__name__ for module in model.modules()}
         plugin.setdefault("transformer_cls_names_to_wrap", ",".join(one for one in family.layers if one in there))
     zero = getattr(arguments, "hf_deepspeed_config", None)
-    if family and zero is not None and zero.is_zero3():
-        blocks = {type(module) for module in model.modules() if type(module).__name__ in family.moe_blocks}
-        apart = [kind for kind in blocks if _has_expert_modules(model, kind)]
-        if apart:
-            from deepspeed.utils import set_z3_leaf_modules
+    known = family.moe_blocks if family else ()
+    if zero is not None and zero.is_zero3() and (apart := blocks_of_experts(model, known)):
+        from deepspeed.utils import set_z3_leaf_modules
 
-            set_z3_leaf_modules(model, apart)
+        set_z3_leaf_modules(model, apart)
 
 
-def _has_expert_modules(model: nn.Module, kind: type[nn.Module]) -> bool:
-    of_kind = [module for module in model.modules() if isinstance(module, kind)]
-    return any(isinstance(child, nn.ModuleList) for module in of_kind for child in module.modules())
+def blocks_of_experts(model: nn.Module, known: Sequence[str] = ()) -> list[type[nn.Module]]:
+    """Classes of blocks whose routed experts are modules in a list; today models with code of their own have them.
+
+    Args:
+        model: with its adapter.
+        known: names of the family's blocks of experts.
+    """
+    found: dict[type[nn.Module], None] = {}
+    for module in model.modules():
+        own = isinstance(getattr(module, "experts", None), nn.ModuleList)
+        if own or (type(module).__name__ in known and any(isinstance(one, nn.ModuleList) for one in module.modules())):
+            found[type(module)] = None
+    return list(found)
 
 
 @contextmanager

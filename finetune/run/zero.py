@@ -32,6 +32,7 @@ _DECIDED = {
     "activation_checkpointing": "training.activation_checkpointing",
 }
 _DEVICES = ("none", "cpu", "nvme")  # where DeepSpeed can put what it takes off the GPU
+_ADAMW = ("adamw_torch", "adamw_torch_fused")  # accelerate 1.15 makes DeepSpeed's AdamW of these, Adam of most others
 _VARIABLES = {
     "stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
     "offload_optimizer": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
@@ -138,13 +139,22 @@ def faults(settings: Mapping[str, Any], source: str, training: TrainingOptions, 
             f"{source}: {' and '.join(drives)}: what lies on an NVMe drive cannot be put into a checkpoint; write "
             "device: cpu"
         )
-    compiles = "optimizer" in offloads(settings) and settings.get("zero_force_ds_cpu_optimizer", True)
-    if compiles and (missing := missing_tools()):
+    if own_optimizer(settings) and (missing := missing_tools()):
         found.append(
             f"{source}: DeepSpeed compiles its optimizer for the CPU, and {' and '.join(missing)} cannot be "
             "found; install that, or take launch.config: zero3"
         )
+    if own_optimizer(settings) and training.optim not in _ADAMW:
+        found.append(
+            f"{source}: DeepSpeed's optimizer for the CPU is AdamW, and would take the place of training.optim: "
+            f'{training.optim}; write "zero_force_ds_cpu_optimizer": false, or training.optim: adamw_torch'
+        )
     return found
+
+
+def own_optimizer(settings: Mapping[str, Any]) -> bool:
+    """Whether accelerate puts DeepSpeed's own optimizer for CPUs in place of torch's; it does unless told not to."""
+    return "optimizer" in offloads(settings) and bool(settings.get("zero_force_ds_cpu_optimizer", True))
 
 
 def offloads(settings: Mapping[str, Any]) -> tuple[str, ...]:
