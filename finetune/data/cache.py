@@ -7,7 +7,7 @@ wait. Whoever uses an entry holds a shared lock, and only entries that nobody ho
     <root>/rows/<key>/        an entry; its manifest.json lists every file with size and hash
     <root>/locks/<key>.make   held while the entry is being made
     <root>/locks/<key>.use    held, shared, while the entry is used; its time of change is the last use
-    <root>/sources.json       hashes of source files, remembered by size and times
+    <root>/sources.json       hashes of source files and of bases, remembered by size and times
     <root>/pruned             its time of change is when old entries were last looked for
 """
 
