@@ -75,7 +75,7 @@ def run(
         count = processes or min(loaded.recipe.launch.num_processes or 1, cores(), MOST_PROCESSES)
         changed = changes(loaded.recipe, folder, stage.base, stage.sources, count, steps, stage.stood_in)
         _say(f"{loaded.recipe.model.name_or_path}: {stage.twin}, in {folder}")
-        covered = list(_play(loaded, changed, folder, merges=model.stored is None))
+        covered = list(_play(loaded, changed, folder))
     return {
         "recipe": str(loaded.path),
         "base": loaded.recipe.model.name_or_path,
@@ -143,14 +143,13 @@ def _folder(keep: str | None) -> Iterator[Path]:
     yield folder
 
 
-def _play(loaded: LoadedRecipe, changed: Changes, folder: Path, merges: bool) -> Iterator[Told]:
+def _play(loaded: LoadedRecipe, changed: Changes, folder: Path) -> Iterator[Told]:
     """Tell the real stories, one after another, and of each what it showed.
 
     Args:
         loaded: the recipe.
         changed: what is changed in it.
         folder: where the stage is set.
-        merges: whether an adapter of the real base could be merged.
     """
     from finetune import evaluate, inspect, merge, targets, train
 
@@ -176,7 +175,7 @@ def _play(loaded: LoadedRecipe, changed: Changes, folder: Path, merges: bool) ->
             f"{scored['rows']} rows answered and scored by {recipe.evaluate.scorer}",
             _only(scored, "rows", "scores"),
         )
-    if facts["adapter"] != "none" and merges:
+    if facts["adapter"] != "none":
         _say("merge")
         yield from _of_merge(merge.run(facts["run"], as_json=True))
 

@@ -55,7 +55,7 @@ class Model:
         model_type: as config.json says it.
         template: name of TRL's file with the chat template of such models, for a tokenizer that stands in; or empty.
         missing: why the base is not at hand; empty when it is.
-        stored: how its files hold quantised weights; None for ordinary ones, or where the base is not at hand.
+        stored: how its files hold quantised weights, by its config or else by its name; None for ordinary ones.
     """
 
     base: Base | None
@@ -120,8 +120,26 @@ def _template_of(family: Family, name: str) -> str | None:
         family: the family that may be meant.
         name: hub id, or folder.
     """
-    short = name.rstrip("/").rsplit("/", 1)[-1].lower()
-    return next((template for pattern, template in family.hub if re.fullmatch(pattern, short)), None)
+    return next((template for pattern, template in family.hub if re.fullmatch(pattern, _short(name))), None)
+
+
+def _short(name: str) -> str:
+    """What family files know a model of the hub by."""
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def _published(recipe: Recipe, family: Family) -> Stored | None:
+    """How the weights of a base that is not at hand are published, by its name; None where they are ordinary.
+
+    Raises:
+        ModelError: the recipe cannot train on them so.
+    """
+    from finetune.model.stored import stored
+
+    name = recipe.model.name_or_path
+    method = next((method for pattern, method in family.published if re.fullmatch(pattern, _short(name))), None)
+    config = {"quantization_config": {"quant_method": method}} if method else {}
+    return stored(name, config, recipe.model.quantization, recipe.adapter.method)
 
 
 def _by_name(recipe: Recipe, missing: str) -> Model:
@@ -135,11 +153,12 @@ def _by_name(recipe: Recipe, missing: str) -> Model:
 
     name = recipe.model.name_or_path
     if (asked := match(recipe.model.family, "")) is not None:
-        return Model(None, asked, asked.model_types[0], _template_of(asked, name) or "", missing)
+        template = _template_of(asked, name) or ""
+        return Model(None, asked, asked.model_types[0], template, missing, _published(recipe, asked))
     for key in FAMILIES:
         family: Family = resolve("family", key, FAMILIES)
-        if (template := _template_of(family, name)) is not None:
-            return Model(None, family, family.model_types[0], template, missing)
+        if (known := _template_of(family, name)) is not None:
+            return Model(None, family, family.model_types[0], known, missing, _published(recipe, family))
     raise EnvironmentFault(
         f"model.name_or_path: {missing}, and no family is known by that name; say which one it is of, as "
         "model.family=qwen3 (`finetune families` lists them), or name a folder with its config.json and tokenizer"
@@ -244,6 +263,7 @@ def _twin(
     told: list[Told],
 ) -> str:
     """Write the twin, compare it with the real architecture where that is at hand, and describe it."""
+    from finetune.model.publish import store_as
     from finetune.model.shrink import missing_kinds, twin_shape, write_twin
     from finetune.model.skeleton import skeleton
     from finetune.run.rehearsal import ROOM, depth_named
@@ -259,11 +279,14 @@ def _twin(
     if model.base is not None:
         lacking = missing_kinds(skeleton(recipe.model, model.base, "bfloat16"), made)
         told += [Told("model", f"weights called {name}, which the twin lacks") for name in lacking]
-    if model.stored is not None:
+    form = kept
+    if model.stored is not None and model.stored.dequantised and store_as(folder, model.stored.method):
+        form = f"{kept} and, as the real ones, {model.stored.name}"
+    elif model.stored is not None:
         told.append(Told("weights", f"how they are read: {model.stored.told(kept)}; the twin's are {kept}"))
     count = sum(parameter.numel() for parameter in made.parameters())
     layers = shape["num_hidden_layers"]
-    return f"{model.model_type}, {layers} layers, {count:,} random parameters stored as {kept}"
+    return f"{model.model_type}, {layers} layers, {count:,} random parameters stored as {form}"
 
 
 def read_figures(file: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from finetune.families.family import Family
 from finetune.model.dequantise import tensors_of
 from finetune.model.folder import find
 from finetune.model.load import Precision, load_base
+from finetune.model.publish import store_as
 from finetune.model.stored import stored
 from finetune.model.twin import family_twin
 from finetune.recipe.sections import ModelOptions
@@ -120,6 +121,20 @@ def test_fp8_and_mxfp4_are_read_as_the_weights_they_stand_for(made: Any, tmp_pat
     path = made(tmp_path / "base")
     expected = answers(Path(f"{path}-plain"))
     torch.testing.assert_close(answers(path), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_base_in_fp8_and_bfloat16_computes_in_float32_where_that_is_asked(tmp_path: Path) -> None:
+    """As the proof of a merge onto DeepSeek-V3 does, whose other weights are in bfloat16."""
+    path = tmp_path / "base"
+    family_twin(resolve("family", "deepseek_v3", FAMILIES), vocab_size=2048).bfloat16().save_pretrained(path)
+    assert store_as(path, "fp8") >= 10
+    assert {one.dtype for one in load_file(path / "model.safetensors").values()} >= {
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+    }
+    for file in zoo.TOKENIZER.iterdir():
+        shutil.copyfile(file, path / file.name)
+    assert answers(path).dtype == torch.float32
 
 
 @pytest.mark.parametrize("made", ["fp8", "mxfp4", "4 bits", "8 bits"])

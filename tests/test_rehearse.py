@@ -11,7 +11,9 @@ import pytest
 from forked import PLACE
 from tiny import Lab
 
+from finetune.errors import ModelError
 from finetune.families import FAMILIES
+from finetune.model.folder import Base
 from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import shipped_recipes
 from finetune.registry import resolve
@@ -145,11 +147,11 @@ def test_a_twin_has_the_switches_of_its_model(lab: Lab) -> None:
     facts = rehearse(lab, {"model.name_or_path": "glm"}, "--keep", "kept", "--json").ok().json
     made = json.loads((lab / "kept/base/config.json").read_text())
     assert (made["use_qk_norm"], made["attention_bias"], made["n_routed_experts"]) == (True, True, 4)
-    assert "stored as float32" in facts["twin"]
+    assert "stored as float32 and, as the real ones, FP8" in facts["twin"]
     left = parts(facts["not_covered"])
-    assert "stored in FP8" in left["weights"]
+    assert "how they are read" not in left["weights"]
     assert "model" not in left
-    assert "merge" not in parts(facts["covered"]), "of the real model there is none"
+    assert "proof" in parts(facts["covered"])
     refused = rehearse(lab, {"model.name_or_path": "glm", "model.quantization": "nf4"})
     assert refused.returncode == 5
     assert "stored in FP8 already" in refused.stderr
@@ -189,6 +191,61 @@ def test_models_of_the_hub_are_known_by_name_without_network(name: str, known: t
     assert (found.family.name, found.template) == known
     assert found.base is None
     assert "is not in the cache" in found.missing
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("deepseek-ai/DeepSeek-V3", "fp8"),
+        ("deepseek-ai/DeepSeek-V3.1-Terminus", "fp8"),
+        ("deepseek-ai/DeepSeek-R1-0528", "fp8"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", None),
+        ("someone/DeepSeek-V3-bf16", None),
+        ("openai/gpt-oss-20b", "mxfp4"),
+        ("unsloth/gpt-oss-20b-BF16", None),
+    ],
+)
+def test_models_whose_weights_are_published_quantised_are_known_by_name(
+    name: str, method: str | None, tmp_path: Path
+) -> None:
+    held = find_model(recipe_of(tmp_path, name)).stored
+    assert (held.method if held is not None else None) == method
+    recipe = recipe_of(tmp_path, name)
+    asked = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "nf4"})})
+    if method is None:
+        assert find_model(asked).stored is None
+    else:
+        with pytest.raises(ModelError, match=r"whose weights are stored in .* already"):
+            find_model(asked)
+
+
+@pytest.mark.parametrize(("family", "method"), [("deepseek_v3", "fp8"), ("gpt_oss", "mxfp4")])
+def test_a_twin_in_the_form_that_is_published_stands_for_nearly_the_weights_it_was_made_of(
+    family: str, method: str, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from finetune.model.dequantise import tensors_of
+    from finetune.model.publish import store_as
+    from finetune.model.twin import family_twin
+
+    family_twin(resolve("family", family, FAMILIES)).save_pretrained(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert store_as(tmp_path, "gptq") == 0
+    assert json.loads((tmp_path / "config.json").read_text()) == config
+    changed = store_as(tmp_path, method)
+    assert changed >= 4
+    written = json.loads((tmp_path / "config.json").read_text())
+    base = Base("twin", tmp_path, written, (tmp_path / "model.safetensors",))
+    read = {name: held.read() for name, held in tensors_of(base).items()}
+    assert {name: one.shape for name, one in read.items()} == {name: one.shape for name, one in before.items()}
+    other = [name for name in before if not torch.equal(read[name].float(), before[name].float())]
+    assert len(other) == changed
+    for name in other:
+        lost = (read[name] - before[name].float()).norm() / before[name].float().norm()
+        assert lost < (0.04 if method == "fp8" else 0.15), name
 
 
 def test_the_bases_of_all_shipped_recipes_are_known(tmp_path: Path) -> None:

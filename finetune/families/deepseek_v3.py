@@ -18,4 +18,5 @@ FAMILY = Family(
     tools="<｜tool▁calls▁begin｜> around each call.",
     twin={**TWIN_DEEPSEEK, **TWIN_MLA},
     hub=((r"deepseek-(v3(\.1)?|r1)(-(?!distill).*)?", "deepseekv3"),),
+    published=((r"deepseek-(v3(-base|-0324)?|v3\.1(-base|-terminus)?|r1(-zero|-0528)?)", "fp8"),),
 )

@@ -122,6 +122,7 @@ class Family:
         hub: names of its models on the hub, without their owner, as regular expressions in small letters; each with
             the chat template of such models by the name of TRL's file, empty where TRL has none. A rehearsal goes by
             them where the hub cannot be reached.
+        published: of those whose weights are published quantised, likewise, each with `quant_method` of its config.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Family:
     tied: str = "no"
     twin: Mapping[str, Any] = field(default_factory=dict, hash=False)
     hub: tuple[tuple[str, str], ...] = ()
+    published: tuple[tuple[str, str], ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -17,4 +17,5 @@ FAMILY = Family(
     tools="The channel `commentary`, addressed to functions.NAME, ended by <|call|>.",
     twin=TWIN_EXPERTS,
     hub=((r"gpt-oss-.*", "gptoss"),),
+    published=((r"gpt-oss-(20b|120b)", "mxfp4"),),
 )

@@ -25,7 +25,7 @@ from finetune.model.shard import NAMES, Entry
 from finetune.model.stored import facts_of
 
 MERGED = ("fp8", "mxfp4", "bitsandbytes")  # formats, by `quant_method` of config.json, that are read here
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what 3 bits of an MXFP4 number mean; the fourth is the sign
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what 3 bits of an MXFP4 number mean; the fourth is the sign
 _STATE = ".quant_state.bitsandbytes__"
 
 
@@ -164,7 +164,7 @@ def _read_fp8(held: Held) -> Tensor:
 
 def _read_mxfp4(held: Held) -> Tensor:
     blocks, exponents = held.part("_blocks"), held.part("_scales")
-    values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)])
     numbers = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], dim=-1).flatten(-2)
     whole = torch.ldexp(numbers, exponents.int()[..., None] - 127)
     return whole.flatten(-2).mT.contiguous()

@@ -184,6 +184,8 @@ def load_base(
             ) from error
         raise not_loaded(options, "model", error) from error
     _refuse_missing(options.name_or_path, report)
+    if held is not None and held.dequantised and dtype == torch.float32:
+        model.float()  # transformers leaves some of it in the files' bfloat16, which no product takes beside float32
     keep_4bit_unpacked(model)
     flatten_8bit_inputs(model)
     if "device_map" not in arguments and device is not None:
