@@ -341,6 +341,14 @@ TABLE: tuple[Combination, ...] = (
         example={"launch.config": "zero3", "adapter.loraplus_lr_ratio": 8.0},
     ),
     Combination(
+        when={"whole": ("modules_to_save", "trainable_token_indices"), "parallelism": ("ZeRO-1", "ZeRO-2", *_SPREAD)},
+        works=True,
+        why="rows of the embedding too are spread, and gathered where they are saved",
+        known="launch",
+        seen="accelerate 1.15, deepspeed 0.19.8",
+        example={"launch.config": "zero3", "adapter.trainable_token_indices": [5, 6]},
+    ),
+    Combination(
         when={"init": FROM_WEIGHTS, "parallelism": ("ZeRO-1", "ZeRO-2")},
         works=True,
         why="each process has whole matrices, and the same start",
