@@ -178,7 +178,8 @@ def test_other_commands_name_targets_and_files_that_exist() -> None:
     assert len(launchers) >= 3
     for command in launchers:
         recipe, *overrides = command.words[command.words.index("finetune.train") + 1 :]
-        load_recipe(ROOT / recipe, overrides)
+        load_recipe(ROOT / recipe, [word for word in overrides if "=" in word])
+        parameters(("train", recipe, *overrides))  # its own options are there, too
         if "--config_file" in command.words:
             assert (ROOT / command.words[command.words.index("--config_file") + 1]).is_file(), command.line
     known = {"finetune", "make", "python", "vllm", "[", "accelerate", "torchrun", "deepspeed"}
