@@ -112,7 +112,7 @@ def snapshot_part(trainer: Trainer, layout: Layout, by_number: bool, copies: Cop
         if adapter is not None:
             tensors[ADAPTER] = adapter
             written[ADAPTER_CONFIG] = adapter_config(trainer.model) or b""
-        written[STATE] = json_bytes(_common(trainer, layout))
+        written[STATE] = json_bytes(_same_for_all(trainer, layout))
         written[TRAINER_STATE] = trainer_state(trainer)
     return Snapshot(trainer.state.global_step, tensors, written)
 
@@ -170,7 +170,7 @@ def refuse_unfit(whole: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ..
         )
 
 
-def _common(trainer: Trainer, layout: Layout) -> dict[str, Any]:
+def _same_for_all(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     """What is the same for all processes."""
     scaler = getattr(trainer.accelerator, "scaler", None)
     whole = {
