@@ -350,6 +350,17 @@ def load(folder: Path, base: str = "float32", compute: str = "float32") -> torch
     return load_base(ModelOptions(name_or_path="base"), find(str(folder)), Precision(compute, base), "eager")
 
 
+def test_weights_of_the_files_dtype_are_mapped_from_them_and_shared_by_all_processes(base: Path) -> None:
+    def mapped(model: torch.nn.Module) -> int:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(SINGLE)]
+        places = [[int(end, 16) for end in words[0].split("-")] for words in lines]
+        return sum(any(a <= one.data_ptr() < b for a, b in places) for one in model.parameters())
+
+    model = load(base)
+    assert mapped(model) == len(list(model.parameters()))
+    assert mapped(load(base, "bfloat16")) == 0
+
+
 def test_the_dtype_is_the_one_stated(base: Path) -> None:
     assert {parameter.dtype for parameter in load(base).parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in load(base, "bfloat16").parameters()} == {torch.bfloat16}
