@@ -171,7 +171,7 @@ def test_a_killed_run_of_parts_goes_on_to_the_same_bits(lab: Lab, mode: str, cha
         pytest.param("fsdp2", 2, "zero1", 2, FULL, marks=SLOW),
         pytest.param("zero3", 2, "zero3", 3, {}, marks=SLOW),
         pytest.param("zero3", 3, "zero2", 2, FULL, marks=SLOW),
-        pytest.param("zero2", 3, "zero2", 1, FULL, marks=SLOW),
+        pytest.param("zero2", 3, "one", 1, FULL, marks=SLOW),
         pytest.param("fsdp2", 3, "fsdp2", 2, {}, marks=SLOW),
         pytest.param("ddp", 2, "fsdp2", 3, FULL, marks=SLOW),
     ],
@@ -243,7 +243,7 @@ def test_a_state_that_goes_by_another_key_is_kept_for_the_same_processes_only(la
     for outcome in ended(start(lab, mode, {**changes, "output_dir": "whole"})):
         outcome.ok()
     kill_after_second_save(lab, start(lab, mode, changes))
-    alone = ended(start(lab, mode, changes, "--allow-drift", "world_size", count=1))[0]
+    alone = ended(start(lab, "one", changes, "--allow-drift", "world_size,parallelism"))[0]
     assert alone.returncode == 5
     assert "world_size: 2 → 1 (cannot be accepted: the optimizer's state is tied to it)" in alone.stderr
     for outcome in ended(start(lab, mode, changes)):
