@@ -14,19 +14,24 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from listed_experts import ListedConfig, ListedForCausalLM
 from safetensors.torch import load_file
 from tiny import Lab, chats, write_rows
 from warm import Outcome
 
+from finetune.families.family import TWIN
 from finetune.run.launch import free_port
+from finetune.run.spread import name_layers
 
 TESTS = Path(__file__).parent
 STEPS = 20
+WITHIN = 400.0  # seconds for a run, on a machine that is busy
 # A step's loss over a few dozen tokens is known in bfloat16 to 3e-4 only, since logits of 8 are rounded to 0.03.
 MANY_TOKENS = {
     "training.global_batch_size": 16,
@@ -53,7 +58,7 @@ def start(lab: Lab, mode: str, changes: Mapping[str, Any], count: int = 2) -> li
             "entry": "fsdp_on_cpu:main",
             "env": {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ["PYTHONPATH"]])},
         }
-    return lab.warm.ranks(count, lab.recipe(settings, f"{mode}.yaml"), cwd=lab.folder, **how)
+    return lab.warm.ranks(count, lab.recipe(settings, f"{mode}.yaml"), cwd=lab.folder, timeout=WITHIN, **how)
 
 
 def run(lab: Lab, mode: str, changes: Mapping[str, Any]) -> Outcome:
@@ -68,7 +73,7 @@ def alone(lab: Lab, changes: Mapping[str, Any]) -> None:
     """The same in one process."""
     if not (lab / "many.jsonl").exists():
         write_rows(lab / "many.jsonl", chats(4 * STEPS if changes.get("data.packing") else 2 * STEPS))
-    lab.train({**SETTINGS, **changes, "output_dir": "one"}).ok()
+    lab.train({**SETTINGS, **changes, "output_dir": "one"}, timeout=WITHIN).ok()
 
 
 def product(lab: Lab, name: str) -> dict[str, torch.Tensor]:
@@ -90,6 +95,17 @@ def assert_alike(lab: Lab, mode: str, rel: float) -> None:
     }
     assert all(torch.allclose(ours[name].float(), theirs[name].float(), atol=1e3 * rel) for name in ours)
     assert any(bool(one.any()) for name, one in ours.items() if "lora_B" in name or "lora_" not in name)
+
+
+def stopped_after(lab: Lab, name: str, step: int) -> None:
+    """Make a finished run one that was stopped at an earlier checkpoint."""
+    for later in (lab / name / "checkpoints").glob("checkpoint-*"):
+        if int(later.name.rpartition("-")[2]) > step:
+            shutil.rmtree(later)
+    for product_name in ("adapter", "model"):
+        shutil.rmtree(lab / name / product_name, ignore_errors=True)
+    told = {"exit_code": 75, "reason": "stopped", "step": step, "ended": "2026-01-01T00:00:00+00:00"}
+    (lab / name / "exit.json").write_text(json.dumps(told))
 
 
 def test_weights_in_parts_train_packed_rows_as_one_process_does(lab: Lab) -> None:
@@ -148,14 +164,66 @@ def test_each_mode_trains_as_one_process_does(lab: Lab, mode: str, changes: dict
     assert_alike(lab, mode, rel)
 
 
+PACKED = {"data.packing": True, "data.max_length": 160}
+EXPERTS = {"model.name_or_path": "moe"}
+IN_16_BIT = {"model.dtype": "bfloat16", **MANY_TOKENS, "training.per_device_train_batch_size": 8}
+IN_4_BIT = {"model.quantization": "nf4", **IN_16_BIT}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_each_mode_trains_experts_as_one_process_does(lab: Lab, mode: str) -> None:
-    zoo.folder(lab / "moe", "moe", vocab_size=2048)
-    changes = {"model.name_or_path": "moe"}
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("changes", "rel"),
+    [
+        ({**PACKED, "adapter": {"method": "none"}, "training.learning_rate": 1e-4}, 1e-6),
+        ({**PACKED, **IN_16_BIT}, 2e-4),
+        ({**PACKED, **IN_4_BIT, **MANY_TOKENS, "model.name_or_path": "thinking"}, 2e-4),
+        (EXPERTS, 1e-4),
+        ({**PACKED, **EXPERTS}, 1e-4),
+        ({**IN_4_BIT, **EXPERTS}, 2e-4),
+    ],
+    ids=["full-packed", "bf16-packed", "qlora-packed", "experts", "experts-packed", "experts-qlora"],
+)
+def test_all_modes_train_as_one_process_does(lab: Lab, changes: dict[str, Any], rel: float) -> None:
+    if changes.get("model.name_or_path") == "moe":
+        zoo.folder(lab / "moe", "moe", vocab_size=2048)
     alone(lab, changes)
-    run(lab, mode, changes)
-    assert_alike(lab, mode, 1e-4)
+    for mode in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        run(lab, mode, changes)
+        assert_alike(lab, mode, rel)
+
+
+def listed() -> ListedForCausalLM:
+    """A model of experts in a list, of which each token is sent to one."""
+    torch.manual_seed(1)
+    return ListedForCausalLM(ListedConfig(**{**TWIN, "vocab_size": 2048}))
+
+
+def test_only_experts_in_a_list_are_gathered_whole() -> None:
+    from deepspeed.utils import z3_leaf_module  # here, because its import takes seconds
+
+    arguments: Any = SimpleNamespace(hf_deepspeed_config=SimpleNamespace(is_zero3=lambda: True))
+    for model, blocks in ((listed(), {"ListedMoE"}), (zoo.model("moe"), set())):
+        name_layers(model, None, arguments)
+        assert {type(one).__name__ for one in model.modules() if z3_leaf_module(one)} == blocks
+
+
+@pytest.mark.slow
+def test_experts_in_a_list_train_under_zero3_as_under_fsdp2(lab: Lab) -> None:
+    listed().save_pretrained(lab / "listed")
+    for file in zoo.TOKENIZER.iterdir():
+        shutil.copyfile(file, lab / "listed" / file.name)
+    changes = {
+        "model.name_or_path": "listed",
+        "model.trust_remote_code": True,
+        "adapter.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],  # some experts are sent no token at all
+        "adapter.accept": ["experts_frozen"],
+    }
+    write_rows(lab / "many.jsonl", chats(2 * STEPS))
+    run(lab, "fsdp2", changes)  # which gathers whole layers, and takes the rows in the same order
+    (lab / "fsdp2").rename(lab / "one")
+    run(lab, "zero3", changes)
+    assert_alike(lab, "zero3", 1e-4)
 
 
 @pytest.mark.slow
@@ -163,6 +231,27 @@ def test_state_and_weights_in_the_hosts_memory_train_as_one_process_does(lab: La
     alone(lab, {})
     run(lab, "zero3-offload", {})
     assert_alike(lab, "zero3-offload", 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # it may have to compile that optimizer, for minutes
+def test_deepspeeds_own_optimizer_for_cpus_trains_as_torchs_does(lab: Lab, root: Path) -> None:
+    settings = json.loads((root / "configs/deepspeed/zero3-offload.json").read_text())
+    (lab / "own.json").write_text(json.dumps({**settings, "zero_force_ds_cpu_optimizer": True}))
+    (lab / "own.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: own.json\n")
+    alone(lab, {})
+
+    where = {"launch.config": "own.yaml", "output_dir": "own", "training.save_steps": 10}
+    recipe = lab.recipe({**SETTINGS, **where}, "own-recipe.yaml")
+    for outcome in lab.warm.ranks(2, recipe, cwd=lab.folder, timeout=WITHIN):
+        outcome.ok()
+    assert_alike(lab, "own", 1e-6)
+    theirs = product(lab, "own")
+    stopped_after(lab, "own", 10)
+    first, second = lab.warm.ranks(2, recipe, cwd=lab.folder, timeout=WITHIN)
+    second.ok()
+    assert "checkpoint-10" in first.ok().stderr
+    assert all(torch.equal(one, theirs[name]) for name, one in product(lab, "own").items())
 
 
 def test_fsdp_on_a_cpu_is_refused_before_anything_is_loaded(lab: Lab) -> None:
@@ -200,11 +289,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(lab: Lab, mode: str, method: 
     whole = {**changes, "training.save_steps": 3}
     run(lab, mode, whole)
     theirs = product(lab, mode)
-    shutil.rmtree(lab / mode / "checkpoints" / "checkpoint-6")
-    for name in ("adapter", "model"):
-        shutil.rmtree(lab / mode / name, ignore_errors=True)
-    write = {"exit_code": 75, "reason": "stopped", "step": 3, "ended": "2026-01-01T00:00:00+00:00"}
-    (lab / mode / "exit.json").write_text(json.dumps(write))
+    stopped_after(lab, mode, 3)
     assert "checkpoint-3" in run(lab, mode, whole).stderr
     ours = product(lab, mode)
     assert ours.keys() == theirs.keys()
