@@ -185,6 +185,7 @@ def _trainer(
 
     def prove() -> None:
         batches.collate, reason = proved(trainer.model_wrapped)
+        rows.alike = bool(reason)
         say("note", reason)
 
     if spreads:

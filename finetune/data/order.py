@@ -78,7 +78,7 @@ def share_alike(lengths: Sequence[int], ranks: int, accumulation: int) -> list[l
     return [[batches[number] for number in own] for own in dealt]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Schedule:
     """Rows and what becomes of them in an epoch.
 
@@ -87,7 +87,8 @@ class Schedule:
         units: rows by themselves, or packed.
         seed: of the order.
         width: how many tokens a token must attend to before attention costs as much as the rest of the model.
-        alike: whether micro-batches are of like length, because they are padded.
+        alike: whether micro-batches are of like length, because they are padded; may be set until an epoch begins, for
+            a model in parts tells only once it is laid out whether it needs that.
     """
 
     rows: TokenRows
