@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,8 @@ def child(variant: str, folder: str, given: argparse.Namespace) -> dict[str, Any
         )
         for rank in range(count)
     ]  # fmt: skip
-    outputs = [process.communicate() for process in started]
+    with ThreadPoolExecutor() as pool:  # a pipe that nobody reads would stop its process, and that the other
+        outputs = list(pool.map(lambda process: process.communicate(), started))
     for process, (_, errors) in zip(started, outputs, strict=True):
         if process.returncode:
             sys.exit(errors)
@@ -208,6 +210,8 @@ def main() -> None:
     options.add_argument("--mode", choices=("one", "zero1", "zero2", "zero3"), default="one")
     options.add_argument("--child", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     given = options.parse_args()
+    if given.steps < 3 * given.every:
+        options.error("--steps: at least three times --every, for the first and the last save are left out")
     if given.child:
         variant, folder = given.child[0], Path(given.child[1])
         print(json.dumps(measure(variant, folder, given.r, given.steps, given.every, given.mode)))

@@ -25,7 +25,6 @@ from finetune.errors import (
     HardwareError,
     NonFiniteError,
     RecipeError,
-    RefusedError,
     StoppedError,
 )
 from finetune.finish import finish
@@ -309,12 +308,13 @@ def _going_on(ready: Ready, made: dict[str, Any]) -> ResumePoint:
     Raises:
         RefusedError: it may not, on all ranks alike.
     """
-    from finetune.run import ranks
+    from finetune.run.wait import from_main_in_time
 
-    point = ranks.from_main(ready.launched, lambda: _resume_point(ready.checked, made))
-    if isinstance(point, RefusedError):
-        raise point
-    going_on: ResumePoint = point
+    going_on: ResumePoint = from_main_in_time(
+        ready.launched,
+        lambda: _resume_point(ready.checked, made),
+        lambda: ready.say("resume", "reading the newest checkpoint to see whether it is whole"),
+    )
     for line in going_on.passed_over:
         ready.say("resume", f"passed over {line}")
     ready.say("resume", f"from {going_on.checkpoint}" if going_on.checkpoint else "")
@@ -336,14 +336,15 @@ def _refuse_unread(loaded: LoadedRecipe) -> None:
         )
 
 
-def _resume_point(checked: Checked, made_of: dict[str, Any]) -> ResumePoint | RefusedError:
-    """Where the run goes on, or why it may not; told to all ranks."""
+def _resume_point(checked: Checked, made_of: dict[str, Any]) -> ResumePoint:
+    """Where the run goes on.
+
+    Raises:
+        RefusedError: it may not.
+    """
     from finetune.run.resume import ResumePoint, find
 
-    try:
-        return find(checked.folder, made_of, checked.allow_drift) if checked.continuing else ResumePoint(None)
-    except RefusedError as error:
-        return error
+    return find(checked.folder, made_of, checked.allow_drift) if checked.continuing else ResumePoint(None)
 
 
 def _arm(

@@ -327,6 +327,13 @@ def test_what_a_mode_cannot_do_is_refused_with_what_to_use_instead(configs: Path
     (stored,) = faults(Mode("deepspeed", "own.json", settings), MODEL, TRAINING, SHAPE, "cuda")
     assert "offload_optimizer and offload_param: what lies on an NVMe drive" in stored
     assert "write device: cpu" in stored
+    odd = {"stage": 2, "round_robin_gradients": True, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    settings = {"zero_optimization": odd, "zero_force_ds_cpu_optimizer": False}
+    named, split = faults(Mode("deepspeed", "own.json", settings), MODEL, TRAINING, SHAPE, "cuda")
+    assert "round_robin_gradients" in named
+    assert "offload_optimizer.ratio" in split
+    (none,) = faults(Mode("deepspeed", "own.json", {"zero_optimization": {"stage": 0}}), MODEL, TRAINING, SHAPE, "cuda")
+    assert "stage 0 shares nothing" in none
 
 
 def test_the_recipe_fills_in_deepspeeds_configuration_and_leaves_nothing_open(configs: Path) -> None:

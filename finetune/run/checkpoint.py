@@ -20,10 +20,9 @@ from finetune.errors import ExportError, NonFiniteError
 from finetune.files import commit_folder, disk_errors, write_hashed
 from finetune.run.checkpoint_state import ADAPTER, TRAINED, WEIGHT, Snapshot
 from finetune.run.checkpoint_tree import write_tensors
-from finetune.run.folder import now
+from finetune.run.folder import FORMAT, now
 
 _BLOCK = 4096  # bytes; file systems give space in blocks
-FORMAT = 1  # of the folder; a reader refuses others
 
 
 def write(taken: Snapshot, target: Path, go_on: Callable[[], None], keep: bool = True) -> int:

@@ -44,7 +44,7 @@ from finetune.run.checkpoint_state import (
 )
 from finetune.run.checkpoint_tree import Copies, Unfit, flatten, json_bytes, rebuild
 from finetune.run.slots import Layout, Slot, local, plain, take_up
-from finetune.run.spread import whole_weights
+from finetune.run.spread import all_or_none, whole_weights
 
 if TYPE_CHECKING:
     from finetune.run.trainer import Trainer
@@ -180,7 +180,6 @@ def _same_for_all(trainer: Trainer, layout: Layout) -> dict[str, Any]:
         ],
         "schedule": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "loss_scale": _loss_scale(layout.zero),
     }
     names: list[list[str]] = [[] for _ in layout.optimizer.param_groups]
     for slot in layout.slots:
@@ -195,13 +194,6 @@ def _same_for_all(trainer: Trainer, layout: Layout) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _loss_scale(zero: Any) -> dict[str, Any] | None:
-    """DeepSpeed's scaler of float16 losses; None in other precisions, where it never changes."""
-    if not getattr(zero, "dynamic_loss_scale", False):
-        return None
-    return {key: value for key, value in vars(zero.loss_scaler).items() if isinstance(value, int | float)}
 
 
 # -- taking up -------------------------------------------------------------------------------------------------------
@@ -285,7 +277,6 @@ class Kept:
             ],
             "schedule": rebuild(tree["schedule"], {}),
             "scaler": None,
-            "loss_scale": None,
         }
         self.shapes = {}
         order = [plain(name) for group in stated["names"] for name in group]
@@ -311,8 +302,22 @@ class Kept:
         return list(dict.fromkeys(kind for name in names for kind in self._kinds.get(name, ())))
 
     def counts(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """The steps of these weights, which all have made equally many."""
+        """The steps of these weights, of which `refuse_unequal` has seen that all have made equally many."""
         return next((self._counts[name] for name in names if name in self._counts), {})
+
+    def refuse_unequal(self, names: tuple[str, ...]) -> None:
+        """Weights that one tensor of the optimizer holds together share its count of steps.
+
+        Raises:
+            RefusedError: some have made more steps than others, as experts that got no token in some of them.
+        """
+        made = {json.dumps(self._counts[name], sort_keys=True): name for name in names if self._counts.get(name)}
+        if len(made) > 1:
+            one, other, *_ = made.values()
+            raise RefusedError(
+                f"parallelism: {one} and {other} have made different numbers of steps, which ZeRO cannot tell apart; "
+                "go on in the mode that wrote the checkpoint, or in DDP or FSDP2"
+            )
 
     def numbers(self, names: tuple[str, ...]) -> dict[str, Any]:
         """What the group of these weights stood at: rate, decay and the like."""
@@ -348,7 +353,7 @@ def _pairs(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def restore_parts(trainer: Trainer, layout: Layout, checkpoint: Path, same: bool) -> None:
-    """Put a checkpoint's state where this process holds it.
+    """Put a checkpoint's state where this process holds it; all processes call it.
 
     Args:
         trainer: with its model and optimizer wrapped, and its schedule made.
@@ -363,26 +368,23 @@ def restore_parts(trainer: Trainer, layout: Layout, checkpoint: Path, same: bool
     own = own and _beside(own, layout.slots)
     with Kept(checkpoint) as kept, torch.no_grad():
         refuse_other_weights(checkpoint, kept.shapes, layout.shapes)
-        for number, slot in enumerate(layout.slots):
-            for piece in slot.pieces:
-                kept.fill(slot.flat.narrow(0, piece.offset, piece.count), piece.name, WEIGHT, piece.start)
-            state = own[number] if own is not None else _state_of(slot, kept, layout.optimizer)
-            if state:
-                layout.optimizer.state[slot.key] = state
+        for slot in layout.slots if own is None else ():
+            kept.refuse_unequal(slot.names)
+        with all_or_none(trainer.args.device):
+            for number, slot in enumerate(layout.slots):
+                for piece in slot.pieces:
+                    kept.fill(slot.flat.narrow(0, piece.offset, piece.count), piece.name, WEIGHT, piece.start)
+                state = own[number] if own is not None else _state_of(slot, kept, layout.optimizer)
+                if state:
+                    layout.optimizer.state[slot.key] = state
         take_up(layout, lambda name: _whole(kept, name))
         for slot in layout.slots:
             group = layout.optimizer.param_groups[slot.group]
             group.update({key: value for key, value in kept.numbers(slot.names).items() if same or key in group})
         trainer.lr_scheduler.load_state_dict(_schedule(kept, layout, same))
-        _restore_scalers(trainer, layout, kept)
-
-
-def _restore_scalers(trainer: Trainer, layout: Layout, kept: Kept) -> None:
-    scaler = getattr(trainer.accelerator, "scaler", None)
-    if scaler is not None and kept.common["scaler"] is not None:
-        scaler.load_state_dict(kept.common["scaler"])
-    if kept.common["loss_scale"] is not None and _loss_scale(layout.zero) is not None:
-        vars(layout.zero.loss_scaler).update(kept.common["loss_scale"])
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        if scaler is not None and kept.common["scaler"] is not None:
+            scaler.load_state_dict(kept.common["scaler"])
 
 
 def _schedule(kept: Kept, layout: Layout, same: bool) -> dict[str, Any]:
@@ -405,10 +407,11 @@ def _whole(kept: Kept, name: str) -> Tensor:
 def _state_of(slot: Slot, kept: Kept, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for kind in kept.kinds(slot.names):
-        # Between the pieces of a flat tensor there is padding, which stays zero.
+        # Padding between the pieces of a flat tensor stays zero, and what the optimizer had not begun to step.
         flat = torch.zeros_like(slot.flat)
         for piece in slot.pieces:
-            kept.fill(flat.narrow(0, piece.offset, piece.count), piece.name, kind, piece.start)
+            if kind in kept.kinds((piece.name,)):
+                kept.fill(flat.narrow(0, piece.offset, piece.count), piece.name, kind, piece.start)
         state[kind] = slot.laid(flat)
     group = optimizer.param_groups[slot.group]
     for name, value in kept.counts(slot.names).items():

@@ -187,7 +187,7 @@ class Saver(TrainerCallback):
                 self._first = first
                 where, config = self._layout
                 taken = snapshot(trainer, where, config, ranks, self._copies)
-                taken.facts.update(self._facts())
+                taken.facts.update(self._facts(self._by_number))
                 self._writer.start(functools.partial(self._write, taken, target, keep))
         trainer.not_training(time.monotonic() - began)
 
@@ -200,6 +200,11 @@ class Saver(TrainerCallback):
         size = write(taken, target, go_on, keep)
         if keep:
             self.newest = taken.step
+        self._settle(target, keep, size)
+
+    def _settle(self, target: Path, keep: bool, size: int) -> None:
+        """A checkpoint is on the disk: older ones go."""
+        if keep:
             with disk_errors(target):
                 self._whole.add(target)
                 self._folder.rotate(self._trainer.args.save_total_limit, self._whole)
@@ -211,7 +216,7 @@ class Saver(TrainerCallback):
         ahead = math.ceil((state.max_steps - state.global_step) / max(1, int(args.save_steps)))
         need_room(self._folder, size, min(args.save_total_limit + 1, max(1, ahead)))
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, by_number: bool) -> dict[str, Any]:
         """What the manifest says of the run."""
         trainer = self._trainer
         step = trainer.state.global_step
@@ -219,20 +224,20 @@ class Saver(TrainerCallback):
                 and "eval_loss" in entry]  # fmt: skip
         finite = here and math.isfinite(here[-1])
         return {
-            "bound": self._bound(),
+            "bound": self._bound(by_number),
             "validation_loss": here[-1] if finite else None,
             "made_of": self.made_of,
         }
 
-    def _bound(self) -> list[str]:
+    def _bound(self, by_number: bool) -> list[str]:
         """What cannot differ when a run goes on from here, because the optimizer's state is tied to it."""
-        if self._by_number and not self._trainer.args.fp16:  # a scaler of losses is each way's own
+        if by_number and not self._trainer.args.fp16:  # a scaler of losses is each way's own
             return []
-        return ["parallelism", "world_size"] if self._trainer.is_sharded and not self._by_number else ["parallelism"]
+        return ["parallelism", "world_size"] if self._trainer.is_sharded and not by_number else ["parallelism"]
 
-    @functools.cached_property
+    @property
     def _by_number(self) -> bool:
-        """Whether every rank's optimizer keeps a number beside each number; asked after a step, when it has state."""
+        """Whether every rank's optimizer keeps a number beside each number; in parts all ranks ask at once."""
         if not self._trainer.is_sharded:
             with contextlib.suppress(RefusedError):
                 return is_by_number(self._trainer.layout)
@@ -265,9 +270,11 @@ class Saver(TrainerCallback):
         trainer = self._trainer
         parts = _Parts(target, trainer.state.global_step, keep, {}, {})
         try:
-            taken = snapshot_part(trainer, trainer.layout, self._by_number, self._copies)
-            parts.facts = self._facts()
+            by_number = self._by_number
+            taken = snapshot_part(trainer, trainer.layout, by_number, self._copies)
+            parts.facts = self._facts(by_number)
             self._together(target, functools.partial(begin, target) if trainer.args.should_save else None)
+            self._together(target, functools.partial(_see, target))
         except DiskError as error:
             self._failed(error)
             return
@@ -324,30 +331,37 @@ class Saver(TrainerCallback):
 
     def _complete(self, parts: _Parts) -> None:
         size = commit_parts(parts.target, parts.step, parts.facts, parts.known, parts.keep)
-        if parts.keep:
-            with disk_errors(parts.target):
-                self._whole.add(parts.target)
-                self._folder.rotate(self._trainer.args.save_total_limit, self._whole)
-        if self._first:
-            self._need_room(size)
+        self._settle(parts.target, parts.keep, size)
 
     def _together(self, target: Path, part: Callable[[], None] | None) -> None:
-        """Do this rank's part, None without one, and raise on every rank what failed on any."""
-        failure: BaseException | None = None
+        """Do this rank's part, None without one, and raise on every rank what failed on the first that failed."""
+        failure: Exception | None = None
         try:
             with disk_errors(target):
                 if part is not None:
                     part()
-        except (OSError, FinetuneError) as error:
+        except Exception as error:
             failure = error
-        worst = 0.0 if failure is None else 1.0 if isinstance(failure, DiskError) else 2.0
-        bad = torch.tensor([worst], device=self._trainer.args.device)
+        bad = torch.tensor([float(failure is not None)], device=self._trainer.args.device)
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if failure is not None:
+        if not bad.item():
+            return
+        known = failure if isinstance(failure, FinetuneError) else failure and ExportError(f"{target}: {failure}")
+        every: list[FinetuneError | None] = [None] * self._trainer.args.world_size
+        dist.all_gather_object(every, known)
+        rank, first = next((rank, error) for rank, error in enumerate(every) if error is not None)
+        if failure is not None and (known is not failure or rank == self._trainer.args.process_index):
             raise failure
-        if bad.item():
-            kind = DiskError if bad.item() == 1.0 else ExportError
-            raise kind(f"{target}: another rank could not write it")
+        raise type(first)(f"{first} (on rank {rank})")
+
+
+def _see(target: Path) -> None:
+    """Raise unless this process sees the folder that rank 0 has made."""
+    if not staging_of(target).is_dir():
+        raise ExportError(
+            f"{target}: what rank 0 makes there is not to be seen by other processes; output_dir must lie on a disk "
+            "that all machines share"
+        )
 
 
 def _sums(trainer: Trainer) -> list[int]:

@@ -40,6 +40,7 @@ from finetune.files import (
     write_text,
 )
 
+FORMAT = 2  # of a checkpoint's folder; others are passed over
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _SILENT_SECONDS = 600  # a run on another machine that has written nothing for so long is taken to have ended
 # Everything that a run, its merge and its evaluations write, and what they leave when they are killed.
@@ -216,6 +217,8 @@ class RunFolder:
         passed_over: list[str] = []
         for path in self.newest_first():
             faults = manifest_faults(path, sealed=True)
+            if not faults and (found := read_json(path / MANIFEST).get("format", FORMAT)) != FORMAT:
+                faults = [f"it has format {found}, and this version reads {FORMAT}"]
             if not faults:
                 return path, passed_over
             passed_over.append(f"{path.name}: {'; '.join(faults[:3])}")

@@ -83,7 +83,8 @@ def _spread(launch: LaunchOptions, now: Situation) -> Iterator[str]:
     mode, several = now.mode, "multi-node-" if (launch.config or "").startswith("multi-node") else ""
     trains_all = "none" in now.facts["method"]
     if mode.spreads:
-        if not mode.offloads and now.device != "cpu":  # where everything lies in the host's memory already
+        # In the host's memory of one machine; on a CPU everything lies there already.
+        if not mode.offloads and not several and now.device != "cpu":
             yield f"launch.config: zero3-offload (it is {mode}; several times slower)"
         return
     if now.shape.processes == 1 and now.devices == 1:

@@ -70,9 +70,9 @@ class Slot:
         """State (N,) in the form that the optimizer keeps beside `key`."""
         if not isinstance(self.key, DTensor):
             return flat.view(self.key.shape)
-        local = flat.view(self.key.to_local().shape)
+        rows = flat.view(self.key.to_local().shape)
         return DTensor.from_local(
-            local, self.key.device_mesh, self.key.placements, run_check=False, shape=self.key.shape,
+            rows, self.key.device_mesh, self.key.placements, run_check=False, shape=self.key.shape,
             stride=self.key.stride(),
         )  # fmt: skip
 
@@ -147,11 +147,9 @@ def _first(key: Tensor) -> int:
 
 
 def _of_zero(zero: Any, named: dict[int, str]) -> Iterator[Slot]:
-    """ZeRO-1 and -2, and the optimizer that DeepSpeed takes for ZeRO-1 in bfloat16; addresses are DeepSpeed's own."""
-    in_16_bit = hasattr(zero, "fp32_groups_flat_partition")
-    flats = zero.fp32_groups_flat_partition if in_16_bit else zero.single_partition_of_fp32_groups
-    groups = zero.bf16_groups if in_16_bit else zero.bit16_groups
-    for group, (key, parameters) in enumerate(zip(flats, groups, strict=True)):
+    """ZeRO-1 and -2; addresses are DeepSpeed's own."""
+    flats = zero.single_partition_of_fp32_groups
+    for group, (key, parameters) in enumerate(zip(flats, zero.bit16_groups, strict=True)):
         mapped = [(named[id(p)], p._hp_mapping) for p in parameters if p._hp_mapping is not None]
         pieces = [
             Piece(name, at.lp_fragment_address.start, at.lp_fragment_address.numel, at.hp_fragment_address.start)
@@ -189,9 +187,8 @@ def take_up(layout: Layout, whole: Callable[[str], Tensor]) -> None:
     if zero is None:
         return  # the slots are the weights
     if not hasattr(zero, "fp16_partitioned_groups_flat"):
-        groups = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
         names = [name for slot in layout.slots for name in slot.names]
-        parameters = [parameter for group in groups for parameter in group]
+        parameters = [parameter for group in zero.bit16_groups for parameter in group]
         for name, parameter in zip(names, parameters, strict=True):
             parameter.data.copy_(whole(name).view(parameter.shape))
         return

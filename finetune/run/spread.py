@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from finetune.errors import RefusedError
 from finetune.families.family import Family
 
 
@@ -93,6 +96,31 @@ def together(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield [one.detach() for one in parameters]
         return
     yield [one.full_tensor().detach() if isinstance(one, DTensor) else one.detach() for one in parameters]
+
+
+@contextmanager
+def all_or_none(device: torch.device) -> Iterator[None]:
+    """A block that ends well on every process or on none.
+
+    Args:
+        device: of the flag that they exchange.
+
+    Raises:
+        BaseException: what the block raised here.
+        RefusedError: it failed on another process, which says why.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        bad = torch.tensor([float(failure is not None)], device=device)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item() and failure is None:
+            raise RefusedError("another process of this run could not take up its part of the checkpoint; it says why")
+    if failure is not None:
+        raise failure
 
 
 def whole_weights(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

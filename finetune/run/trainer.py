@@ -186,7 +186,7 @@ class Trainer(SFTTrainer):
 
     @property
     def parallelism(self) -> str:
-        """How the state lies on the processes; a checkpoint of one way cannot be read in another."""
+        """How the state lies on the processes, in words that stay the same from run to run."""
         if self.is_fsdp_enabled:
             return "FSDP"
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
@@ -447,6 +447,8 @@ class Trainer(SFTTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wraps model and optimizer; then the state is put back, which the stock trainer would read from pickles."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_sharded:
+            _ = self.layout  # now: FSDP2 puts other parameters in place while it measures
         if resume_from_checkpoint is not None:
             self._go_on(Path(resume_from_checkpoint))
         return prepared

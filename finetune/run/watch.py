@@ -94,6 +94,7 @@ class Watch(TrainerCallback):
         self._step, self._phase, self._since = 0, "start", time.monotonic()
         self._first = True
         self._stopping, self._ending = threading.Event(), threading.Event()
+        self._trained = False  # from then on nothing is timed, but the others still hear from here
         self._heard: dict[int, tuple[Beat, float]] = {}  # the newest word of each, and when it came, by our own clock
         self._spoke, self._said = time.monotonic(), ""  # when the store answered last; the verdict, once there is one
         self._store: Any = None
@@ -152,7 +153,7 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The last step is done."""
-        self.stop()
+        self._trained = True
 
     def stop(self) -> None:
         """Look no longer."""
@@ -175,7 +176,7 @@ class Watch(TrainerCallback):
             allowed = max(self.timeout, FIRST_STEP) if self._first else self.timeout
             if self._said:
                 self._end(self._said)
-            elif now - self._since > allowed - 2 * BEAT:
+            elif now - self._since > allowed - 2 * BEAT and not self._trained:
                 self._end(self._agreed(self.verdict()))
 
     def _speak(self) -> None:

@@ -84,8 +84,6 @@ def read_inline(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         device = one_of(given.get(f"{name}_device", "none"), _DEVICES, f"{where}: {name}_device")
         if device != "none":
             zero[name] = {"device": device}
-            if path := given.get(f"{name}_nvme_path"):
-                zero[name]["nvme_path"] = path
     found: dict[str, Any] = {"zero_optimization": zero}
     for name in ("gradient_accumulation_steps", "gradient_clipping"):
         text = given.get(name, "auto")
@@ -133,6 +131,18 @@ def faults(settings: Mapping[str, Any], source: str, training: TrainingOptions, 
             meant = f" ({said[name]:g} here)" if name in said else ""
             found.append(f'{source}: {name}: the recipe\'s {key} decides{meant}; write "auto" or remove it')
     zero = settings.get("zero_optimization", {})
+    if zero.get("stage", 0) == 0:
+        found.append(f"{source}: stage 0 shares nothing; remove launch.config, which is DDP")
+    if zero.get("round_robin_gradients"):
+        found.append(
+            f"{source}: round_robin_gradients: DeepSpeed 0.19 then tells of other weights than lie there, and a "
+            "checkpoint would hold them in each other's place; remove it"
+        )
+    if (zero.get("offload_optimizer") or {}).get("ratio", 1) != 1:
+        found.append(
+            f"{source}: offload_optimizer.ratio: what stays on the GPU has an optimizer of its own, of which no "
+            "checkpoint is made; remove it"
+        )
     drives = [name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "nvme"]
     if drives:
         found.append(
