@@ -189,7 +189,7 @@ class Watch(TrainerCallback):
                 self._listen()
                 self._spoke = time.monotonic()
             except (RuntimeError, ValueError):  # the store lives with rank 0, and is gone with it
-                if not self._stopping.wait(SILENT):
+                if not self._stopping.wait(SILENT) and not self._trained:
                     self._said = self.verdict()
                 return
 
