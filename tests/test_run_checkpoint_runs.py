@@ -268,6 +268,7 @@ def test_a_run_killed_at_random_instants_has_the_same_bits(lab: Lab, seed: int) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # more than twenty starts
 @pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3"])
 def test_two_ranks_killed_at_twenty_random_instants_have_the_same_bits(lab: Lab, mode: str) -> None:
     changes = MANY if mode == "ddp" else {**MANY, "launch.config": mode}
