@@ -203,16 +203,14 @@ def _load(product: Product, options: ModelOptions, base: Base, hardware: Hardwar
     import torch
 
     from finetune.model.embeddings import give_rows
-    from finetune.model.load import Precision, load_base
+    from finetune.model.load import held_as, load_base
     from finetune.model.quantise_lora import open_adapter
     from finetune.plan.hardware import compute_dtype
 
     compute = compute_dtype(options.dtype, hardware)
     held = product.facts.get("quantization") or {}
-    quantized = held.get("kind", "none")
-    options = options.model_copy(update={"quantization": quantized})
-    before = held.get("compute_dtype", "") if quantized == "nf4" else ""  # as in training, wherever it is evaluated
-    kept = Precision(compute=compute, base=compute if quantized == "none" else quantized, quantised_from=before)
+    options = options.model_copy(update={"quantization": held.get("kind", "none")})
+    kept = held_as(held, compute)
     place = None if hardware.device == "cpu" else torch.device(hardware.device)
     attn = "sdpa" if options.attn_implementation == "auto" else options.attn_implementation
     model: Any = load_base(options, base, kept, attn, place)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # A merged weight is rounded once to the output's precision. What that rounding may cost, as a share of what the adapter
 # does: mean divergence from base + adapter, over mean divergence of base + adapter from the base.
 LARGEST_LOSS = 0.05
+# Share of an update that float32 loses at most; more than that tells of a coarser precision, also where `auto` took it.
+OF_FLOAT32 = 1e-6
 # What every merge imports sooner or later, and with it nearly all of torch, transformers and PEFT.
 STACK = ("finetune.model.merge", "finetune.model.load", "finetune.model.quantise_lora")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -186,7 +188,7 @@ def prove(product: Product, base: Base, options: ModelOptions, merged: Path, voc
         the share of the effect that the merge lost; `probe`: which rows were compared.
     """
     from finetune.model.folder import check
-    from finetune.model.load import Precision, load_base, load_tokenizer
+    from finetune.model.load import held_as, load_base, load_tokenizer
     from finetune.model.probe import gap, logits_of, probe_rows
     from finetune.model.quantise_lora import open_adapter
     from finetune.model.tokenizer import new_ids, refuse_other_ids
@@ -194,17 +196,13 @@ def prove(product: Product, base: Base, options: ModelOptions, merged: Path, voc
 
     assert product.adapter is not None, "only adapters are merged"
     held = product.facts.get("quantization") or {}
-    quantized = held.get("kind", "none")
-    as_trained = options.model_copy(update={"quantization": quantized})
+    as_trained = options.model_copy(update={"quantization": held.get("kind", "none")})
     file = RunFolder(product.folder).probe
     own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     tokenizer = load_tokenizer(options, base)
     refuse_other_ids(product.facts, new_ids(options, tokenizer))
     rows = probe_rows(own, lambda text: list(tokenizer(text)["input_ids"]))
-    # In 4 bits the base is held as in training, to the bit, also where that quantised from another precision.
-    before = held.get("compute_dtype", "") if quantized == "nf4" else ""
-    kept = Precision(compute="float32", base="float32" if quantized == "none" else quantized, quantised_from=before)
-    plain = load_base(as_trained, base, kept, "eager")
+    plain = load_base(as_trained, base, held_as(held, "float32"), "eager")
     if vocabulary:  # the adapter holds the new rows
         plain.resize_token_embeddings(vocabulary, mean_resizing=False)
     model = open_adapter(plain, product.adapter)
@@ -212,8 +210,8 @@ def prove(product: Product, base: Base, options: ModelOptions, merged: Path, voc
     with model.disable_adapter():
         without = logits_of(model, rows)
     del model, plain
-    whole = load_base(options.model_copy(update={"quantization": "none"}), check(str(merged), merged),
-                      Precision(compute="float32", base="float32"), "eager")  # fmt: skip
+    plainly = options.model_copy(update={"quantization": "none"})
+    whole = load_base(plainly, check(str(merged), merged), held_as({}, "float32"), "eager")
     after = logits_of(whole, rows)
     effect, distance = gap(with_adapter, without), gap(with_adapter, after)
     return {
@@ -234,12 +232,15 @@ def _refuse_unproved(proof: dict[str, Any], dtype: str, report: dict[str, Any]) 
     if effect["mean_kl"] == 0:
         raise ExportError("the adapter changes nothing on the probe rows, so the merged model would equal the base")
     if proof["loss"] > LARGEST_LOSS:
+        lost = 1 - report["kept_of_update"]
         raise ExportError(
             f"the merged model does not answer like base plus adapter: mean divergence {distance['mean_kl']:.3g} nats "
             f"where the adapter moves the base by {effect['mean_kl']:.3g} ({proof['loss']:.1%} of it; at most "
-            f"{LARGEST_LOSS:.0%} is allowed). {1 - report['kept_of_update']:.1%} of the update was lost to rounding to "
-            f"{dtype}; merge with --dtype float32, or serve the adapter itself"
-        )
+            f"{LARGEST_LOSS:.0%} is allowed). "
+            + (f"{max(lost, 0.0):.1%} of the update was lost to rounding to {dtype}; merge with --dtype float32, or "
+               "serve the adapter itself" if dtype != "float32" and abs(lost) > OF_FLOAT32 else
+               "Nothing of the update was lost to rounding, so no other --dtype helps; serve the adapter itself")
+        )  # fmt: skip
 
 
 def _say_done(facts: dict[str, Any]) -> None:

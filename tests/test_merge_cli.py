@@ -11,6 +11,9 @@ import pytest
 from tiny import Lab, chats, lab_in, write_rows
 from warm import Outcome, Warm
 
+from finetune.errors import ExportError
+from finetune.merge import _refuse_unproved
+
 CHANGES = {"training.learning_rate": 0.02, "training.max_steps": 20, "training.num_train_epochs": 100}
 
 
@@ -259,6 +262,23 @@ def test_an_adapter_of_a_quantised_base_is_merged_onto_what_it_was_trained_on(la
     wrong = (merged - with_adapter(lab, "run/adapter")).abs().max()
     assert right <= 1e-4
     assert wrong > 0.1
+
+
+def test_an_int8_run_in_bfloat16_on_a_base_in_float32_is_merged_and_proved(lab: Lab) -> None:
+    lab.train({**CHANGES, "model.quantization": "int8", "model.dtype": "bfloat16"}).ok()
+    facts = merge(lab, "run", "--json").ok().json
+    assert facts["proved"]
+    assert facts["proof"]["loss"] < 0.05
+
+
+def test_advice_names_another_precision_only_where_that_helps() -> None:
+    figures = {"mean_kl": 1.0, "max_logit": 1.0}
+    proof = {"effect": figures, "gap": figures, "loss": 1.0}
+    for dtype, kept, helps in (("bfloat16", 0.9, True), ("auto", 1.00001, True), ("auto", 1.0, False),
+                               ("float32", 0.9, False)):  # fmt: skip
+        with pytest.raises(ExportError, match="serve the adapter itself") as caught:
+            _refuse_unproved(proof, dtype, {"kept_of_update": kept})
+        assert ("--dtype float32" in str(caught.value)) == helps
 
 
 def test_the_template_of_the_recipe_is_that_of_the_merged_model(lab: Lab) -> None:

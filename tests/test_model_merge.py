@@ -28,7 +28,7 @@ from finetune.model import quantise
 from finetune.model.change import Change, Whole
 from finetune.model.folder import INDEX, find
 from finetune.model.layout import on_disk
-from finetune.model.load import Precision, load_base
+from finetune.model.load import Precision, held_as, load_base
 from finetune.model.merge import MergeReport, _plan_shards, merge_weights
 from finetune.model.probe import gap, logits_of, probe_rows
 from finetune.model.requantise import Requantiser, requantiser
@@ -497,6 +497,50 @@ def test_a_proof_in_float32_holds_the_blocks_that_training_in_bfloat16_had(tmp_p
         for name in held.modules
     ]
     assert all(same) == (files == torch.bfloat16), "from bfloat16 files the bytes are the same either way"
+
+
+@with_bitsandbytes
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_wherever_it_is_loaded_a_base_holds_the_blocks_of_training(tmp_path: Path, kind: str, compute: str) -> None:
+    """From files in float32: the bytes of a training in bfloat16 in a proof and in another precision, the rest in that;
+    and the configuration can still be written down.
+    """
+    base = zoo.folder(tmp_path / "base", "moe")
+    options = ModelOptions(name_or_path=str(base), quantization=kind)  # type: ignore[arg-type]
+    in_training = load_base(options, find(str(base)), Precision("bfloat16", kind), "eager")
+    held = quantise.quantised(in_training, kind, "bfloat16")
+    assert held is not None
+    kept = held_as(held.facts(), compute)
+    again = load_base(options, find(str(base)), kept, "eager")
+    assert held == quantise.quantised(again, kind, "bfloat16")
+    for name in held.modules:
+        ours, theirs = (model.get_submodule(name) for model in (again, in_training))
+        assert torch.equal(ours.weight.data, theirs.weight.data)
+        values = [own_weight(_Plain(one)) for one in (ours, theirs)]  # type: ignore[arg-type]
+        assert torch.equal(*values)
+    for name in held.experts:
+        place, _, leaf = name.rpartition(".")
+        ours, theirs = (model.get_submodule(place) for model in (again, in_training))
+        assert torch.equal(ours.slice_of(leaf, 0).whole(), theirs.slice_of(leaf, 0).whole())
+        assert ours.compute_dtype == getattr(torch, compute)
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        assert getattr(again, name)().weight.dtype == getattr(torch, compute)
+    with torch.no_grad():
+        assert again(zoo.ids()).logits.dtype == getattr(torch, compute)
+    assert kind.removeprefix("nf").removeprefix("int") + "bit" in again.config.to_json_string()
+    plain = load_base(options, find(str(base)), Precision(compute, kind), "eager")
+    assert not all(
+        torch.equal(plain.get_submodule(name).weight.data, in_training.get_submodule(name).weight.data)
+        for name in held.modules
+    ), "what rounding first is for"
+
+
+def test_a_base_is_held_as_in_training_and_rounded_first_only_where_that_differs() -> None:
+    assert held_as({}, "float32") == Precision("float32", "float32")
+    facts = {"kind": "int8", "compute_dtype": "bfloat16"}
+    assert held_as(facts, "float32") == Precision("float32", "int8", quantised_from="bfloat16")
+    assert held_as(facts, "bfloat16") == Precision("bfloat16", "int8")
 
 
 @with_bitsandbytes

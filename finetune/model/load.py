@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Precision:
         base: the base weights in memory; "nf4" or "int8" when quantised.
         trained: the weights that are trained: the adapter, or the whole base.
         optimizer: the optimizer's state.
-        quantised_from: what weights are rounded to before they become "nf4", where that is not `compute`; empty where
+        quantised_from: what weights are rounded to before they are quantised, where that is not `compute`; empty where
             it is. The proof of a merge computes in float32 what training had quantised from bfloat16.
     """
 
@@ -72,6 +73,19 @@ def precision(options: ModelOptions, method: str, compute: str) -> Precision:
         return Precision(compute=compute, base="float32")
     base = compute if options.quantization == "none" else options.quantization
     return Precision(compute=compute, base=base)
+
+
+def held_as(facts: Mapping[str, Any], compute: str) -> Precision:
+    """How the base of an adapter is held as in training, to the bit, wherever it is loaded again.
+
+    Args:
+        facts: `quantization` of the adapter's finetune.json; empty for a base that was not quantised.
+        compute: the precision of matrix products, by torch's name.
+    """
+    kind, before = facts.get("kind", "none"), facts.get("compute_dtype", compute)
+    if kind == "none":
+        return Precision(compute=compute, base=compute)
+    return Precision(compute=compute, base=kind, quantised_from=before if before != compute else "")
 
 
 @dataclass(frozen=True)
@@ -110,24 +124,26 @@ def _quantization(options: ModelOptions, base: Base, kept: Precision, sharded: b
         raise EnvironmentFault(
             f"model.quantization: {options.quantization} needs bitsandbytes: pip install 'finetune-recipes[quant]'"
         ) from error
-    compute, held = kept.compute, kept.quantised_from
+    compute = kept.compute
+    held = getattr(torch, kept.quantised_from) if kept.quantised_from else None
     bare = skeleton(options, base, compute)
     planned = plan(bare, match(options.family, bare.config.model_type), options.quantization)
     if options.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=planned.skip_patterns())
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, compute),
-        bnb_4bit_quant_storage=getattr(torch, compute) if sharded else torch.uint8,
-        llm_int8_skip_modules=planned.skip_patterns(),
-    )
-    if not planned.experts and not held:
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=planned.skip_patterns())
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, compute),
+            bnb_4bit_quant_storage=getattr(torch, compute) if sharded else torch.uint8,
+            llm_int8_skip_modules=planned.skip_patterns(),
+        )
+    if not planned.experts and held is None:
         return config
-    from finetune.model.quantise_experts import with_experts
+    from finetune.model.quantiser import quantiser_of
 
-    return with_experts(config, planned.experts, getattr(torch, held) if held else None)
+    return quantiser_of(config, planned.experts, held)
 
 
 def load_base(

@@ -22,14 +22,9 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationMethod
 
 BLOCK = 64  # weights that share a scale
 SCALES = 256  # scales that share a scale of their own
-METHOD = "finetune_nf4"  # the quantiser's name in transformers' table while files are read
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ class ExpertsNF4(nn.Module):
 
     Its class keeps the methods of the class it had (activation, gate). `updates` holds, while a forward runs, the LoRA
     of each parameter (model/quantise_lora.py puts it there). Weights are quantised from `held_dtype`, and products are
-    taken in `compute_dtype`, which is the same but in the proof of a merge.
+    taken in `compute_dtype`, which is the same but in a proof and in an evaluation in another precision.
     """
 
     updates: dict[str, list[Factors]]
@@ -205,58 +200,3 @@ def pack(module: nn.Module, name: str, value: Tensor, compute: torch.dtype | Non
         held._is_hf_initialized = True  # transformers draws what is not marked
         module.register_parameter(called, held)
     return nn.Parameter(packed, requires_grad=False)
-
-
-class _Pack(Bnb4bitQuantize):
-    """Quantises a parameter as it comes from the files."""
-
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **how: Any) -> dict[str, Tensor]:
-        """Of experts the packed parameter by its full name; of other weights what bitsandbytes makes of them."""
-        config = self.hf_quantizer.quantization_config
-        found: dict[str, Tensor] = {}
-        for full, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
-            compute = tensor.dtype
-            tensor = tensor.to(config.held or compute)
-            if full in config.experts:
-                place, _, name = full.rpartition(".")
-                found[full] = pack(model.get_submodule(place), name, tensor, compute)
-            else:
-                found |= super().convert({full: [tensor]}, model=model, **how)
-        return found
-
-
-@register_quantizer(METHOD)
-class _Quantiser(Bnb4BitHfQuantizer):
-    """transformers' quantiser for bitsandbytes, and the experts beside."""
-
-    def param_needs_quantization(self, model: Any, param_name: str, **how: Any) -> bool:
-        """Whether a parameter is to be quantised as it is loaded."""
-        return param_name in self.quantization_config.experts or super().param_needs_quantization(
-            model, param_name, **how
-        )
-
-    def get_quantize_ops(self) -> Bnb4bitQuantize:
-        """What quantises one parameter."""
-        return _Pack(self)
-
-    def _process_model_after_weight_loading(self, model: Any, **how: Any) -> Any:
-        """From here on the model is one that bitsandbytes quantised, for all who ask."""
-        self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
-        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-        return super()._process_model_after_weight_loading(model, **how)
-
-
-def with_experts(
-    config: BitsAndBytesConfig, experts: Iterable[str], held: torch.dtype | None = None
-) -> BitsAndBytesConfig:
-    """The configuration, for a load that quantises the parameters of these full names as well.
-
-    Args:
-        config: of the linear layers.
-        experts: full names of parameters of routed experts.
-        held: what weights are rounded to before they are quantised; None for the precision that they are read in.
-    """
-    config.quant_method = METHOD
-    config.experts, config.held = frozenset(experts), held
-    return config
