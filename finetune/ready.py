@@ -52,12 +52,14 @@ def process_of(recipe: Recipe, mode: Mode, hardware: Hardware) -> Process:
     Raises:
         HardwareError: another number of processes was launched.
         RecipeError: the recipe and the launcher's configuration contradict each other.
+        EnvironmentFault: this host lacks a compiler that the mode needs.
     """
     from finetune.model.load import precision
     from finetune.plan.hardware import compute_dtype
     from finetune.run import ranks
     from finetune.run.batch import batch_shape
-    from finetune.run.modes import refuse
+    from finetune.run.builds import refuse_missing_tools
+    from finetune.run.modes import compiles, refuse
     from finetune.run.say import Say
 
     launched = ranks.world()
@@ -66,6 +68,8 @@ def process_of(recipe: Recipe, mode: Mode, hardware: Hardware) -> Process:
     kept = precision(recipe.model, recipe.adapter.method, compute_dtype(recipe.model.dtype, hardware))
     shape = batch_shape(recipe.training, launched.size)
     refuse(mode, recipe.model, recipe.training, shape, hardware.device)
+    if compiles(mode):
+        refuse_missing_tools()
     return Process(hardware, launched, kept, shape, say)
 
 

@@ -114,9 +114,10 @@ def _launch(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any] | None:
     """Start the launcher when there are several processes, and say how the run ended; None for one process."""
     from finetune.plan.hardware import detect
     from finetune.run.batch import batch_shape
+    from finetune.run.builds import refuse_missing_tools
     from finetune.run.folder import RunFolder, read_json
     from finetune.run.launch import follow, plan_launch
-    from finetune.run.modes import refuse
+    from finetune.run.modes import compiles, refuse
 
     recipe = loaded.recipe
     hardware = detect(recipe.launch.device)
@@ -124,6 +125,8 @@ def _launch(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any] | None:
     if count == 1:
         return None
     refuse(checked.mode, recipe.model, recipe.training, batch_shape(recipe.training, count), hardware.device)
+    if compiles(checked.mode):
+        refuse_missing_tools()
     words = [str(loaded.path), *loaded.overrides, *(["--overwrite"] if checked.overwrite else [])]
     words += ["--allow-drift", ",".join(checked.allow_drift)] if checked.allow_drift else []
     plan = plan_launch(recipe.launch, count, hardware.device, configs_folder(), words)
@@ -151,8 +154,8 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     from finetune.assemble import assemble
     from finetune.run import ranks
     from finetune.run.ending import as_fault
+    from finetune.run.modes import compiles
     from finetune.run.watch import GRACE
-    from finetune.run.zero import own_optimizer
     from finetune.supply import supply
 
     recipe, mode = loaded.recipe, checked.mode
@@ -168,7 +171,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     try:
         ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
         _agree(loaded, checked, process, supplies)
-        if mode.kind == "deepspeed" and own_optimizer(mode.settings):
+        if compiles(mode):
             _compile_optimizer(process)
         return _run(assemble(loaded, checked, process, supplies), explained)
     except Exception as error:
@@ -203,14 +206,14 @@ def _remove_stale_locks(say: Say) -> None:
 
 
 def _compile_optimizer(process: Process) -> None:
-    """Have DeepSpeed's optimizer for CPUs compiled on the first host, before all processes wait for it at once."""
+    """Have DeepSpeed's optimizer for CPUs compiled on every host, before all processes wait for it at once."""
     from finetune.run.builds import compile_optimizer, extensions_folder
-    from finetune.run.wait import from_main_in_time
+    from finetune.run.wait import on_each_host_in_time
 
     def long() -> None:
-        process.say("compiles", "DeepSpeed's optimizer for the CPU, once, which takes minutes")
+        process.say("compiles", "DeepSpeed's optimizer for the CPU, once on each host, which takes minutes")
 
-    from_main_in_time(process.launched, lambda: compile_optimizer(extensions_folder(os.environ)), long)
+    on_each_host_in_time(process.launched, lambda: compile_optimizer(extensions_folder(os.environ)), long)
 
 
 def _agree(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:

@@ -18,6 +18,7 @@ from finetune.run.batch import BatchShape
 from finetune.run.fsdp import fsdp_config
 from finetune.run.modes import (
     Mode,
+    compiles,
     config_file,
     enter,
     faults,
@@ -302,6 +303,19 @@ def test_deepspeeds_own_optimizer_does_not_take_the_place_of_another_kind(config
         assert fault.startswith("own.json: ")
         assert "training.optim: sgd" in fault
         assert faults(Mode("deepspeed", "own.json", given), MODEL, TRAINING, SHAPE) == []
+        assert compiles(Mode("deepspeed", "own.json", given))
+    assert not compiles(Mode("deepspeed", "own.json", offloaded))
+
+
+def test_a_configuration_is_not_judged_by_the_tools_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    given = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    mode = Mode("deepspeed", "own.json", given)
+    assert compiles(mode)
+    assert faults(mode, MODEL, TRAINING, SHAPE, "cuda") == []
 
 
 def test_a_deepspeed_value_that_agrees_with_the_recipe_is_let_through() -> None:

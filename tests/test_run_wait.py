@@ -19,7 +19,7 @@ from finetune.run import ranks, wait
 from finetune.run.launch import free_port
 from finetune.run.modes import Mode
 from finetune.run.ranks import World, from_main
-from finetune.run.wait import from_main_in_time
+from finetune.run.wait import from_main_in_time, on_each_host_in_time
 
 TIMEOUT = 2.0  # seconds
 LONG = 3.5
@@ -38,6 +38,7 @@ def two(folder: Path, work: Callable[[World], Any]) -> list[str]:
 
 
 def _rank(rank: int, port: int, folder: str, work: Callable[[World], Any]) -> None:
+    """One process on each of two hosts, as far as it can tell."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
     torch.set_num_threads(1)
     launched = ranks.world()
@@ -82,6 +83,29 @@ def test_ranks_wait_for_work_of_rank_0_that_outlasts_their_timeout(tmp_path: Pat
 
 def test_what_that_work_raises_is_raised_on_all_ranks(tmp_path: Path) -> None:
     assert two(tmp_path, _in_vain) == ["ModelError: a file cannot be read"] * 2
+
+
+def _on_each(launched: World) -> Any:
+    """The second host takes long and fails, the first is done at once."""
+
+    def work() -> None:
+        if launched.rank == 1:
+            time.sleep(LONG)
+            raise ModelError("no compiler there")
+
+    on_each_host_in_time(launched, work)
+
+
+def test_work_on_each_host_is_waited_for_by_all_and_its_fault_is_everyones(tmp_path: Path) -> None:
+    assert two(tmp_path, _on_each) == ["ModelError: no compiler there"] * 2
+
+
+def test_only_the_first_process_of_a_host_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wait, "BEAT", 0.01)
+    worked: list[str] = []
+    on_each_host_in_time(ALONE, lambda: worked.append("first"))
+    on_each_host_in_time(World(0, 1, 1), lambda: worked.append("second"))
+    assert worked == ["first"]
 
 
 def test_one_process_is_told_once_that_its_work_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,3 +233,8 @@ def refuse(mode: Mode, model: ModelOptions, training: TrainingOptions, shape: Ba
     """
     if found := faults(mode, model, training, shape, device):
         raise RecipeError("\n".join(found))
+
+
+def compiles(mode: Mode) -> bool:
+    """Whether a run in this mode has DeepSpeed's own optimizer for CPUs compiled, for which a host needs a compiler."""
+    return mode.kind == "deepspeed" and zero.own_optimizer(mode.settings)

@@ -123,6 +123,14 @@ def from_main(launched: World, make: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def from_all(launched: World, mine: Any) -> list[Any]:
+    """What each rank has, by rank, on every rank."""
+    every = [mine] * launched.size
+    if launched.size > 1:
+        dist.all_gather_object(every, mine)
+    return every
+
+
 def agree(launched: World, facts: dict[str, str]) -> None:
     """All ranks must hold the same facts (recipe, data, versions) before they train together.
 
@@ -131,8 +139,7 @@ def agree(launched: World, facts: dict[str, str]) -> None:
     """
     if launched.size == 1:
         return
-    every: list[dict[str, str]] = [{} for _ in range(launched.size)]
-    dist.all_gather_object(every, facts)
+    every: list[dict[str, str]] = from_all(launched, facts)
     lines = []
     for name in dict.fromkeys(name for other in every for name in other):  # the same on all ranks, so that all refuse
         values = [other.get(name, "nothing") for other in every]

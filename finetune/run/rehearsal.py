@@ -15,7 +15,8 @@ from typing import Any
 from finetune.recipe.sections import AdapterOptions, Recipe, Source, TrackingOptions, TrainingOptions
 from finetune.recipe.shipped import configs_folder
 from finetune.run.batch import BatchShape, batch_shape
-from finetune.run.modes import Mode, config_file, machines_of, read_mode, refuse
+from finetune.run.builds import missing_tools
+from finetune.run.modes import Mode, compiles, config_file, machines_of, read_mode, refuse
 
 # So few steps move weights by more than the rounding of 16 bits only at such a rate; the recipe's own is not tried.
 LEARNING_RATE = 0.01
@@ -106,7 +107,8 @@ def _smaller(recipe: Recipe, processes: int) -> BatchShape:
 def _launch(recipe: Recipe, processes: int) -> tuple[str | None, Mode, str]:
     """The launch configuration of the rehearsal with its mode, and what of the recipe's own it leaves untried.
 
-    DeepSpeed runs on a CPU as it does elsewhere; FSDP2 does not, and what is laid over several machines runs on one.
+    DeepSpeed runs on a CPU as it does elsewhere; FSDP2 does not, what is laid over several machines runs on one, and
+    what must be compiled is left out where this machine has no compiler.
 
     Raises:
         RecipeError: the recipe's configuration cannot be read, or contradicts the recipe.
@@ -123,10 +125,13 @@ def _launch(recipe: Recipe, processes: int) -> tuple[str | None, Mode, str]:
     if own.kind == "fsdp" or processes == 1:
         need = "accelerators" if own.kind == "fsdp" else "more than one process (--processes 2)"
         return None, Mode(), f"{own} of {name}, which needs {need}; each process held the whole model"
-    if machines_of(file) == 1:
+    compiled = compiles(own) and missing_tools()  # of the machine that rehearses, not of the one that trains
+    if machines_of(file) == 1 and not compiled:
         return name, own, ""
     alone = f"zero{own.stage}"
-    return alone, read_mode(config_file(alone, configs), configs), f"several machines, as {name} has them; {alone} ran"
+    left = f"DeepSpeed's optimizer for CPUs of {name}, which needs {' and '.join(missing_tools())} here"
+    told = left if compiled else f"several machines, as {name} has them"
+    return alone, read_mode(config_file(alone, configs), configs), f"{told}; {alone} ran"
 
 
 def _training(options: TrainingOptions, shape: BatchShape, steps: int) -> Iterator[_Change]:

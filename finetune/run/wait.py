@@ -1,4 +1,4 @@
-"""Work of rank 0 that all ranks wait for, however long it takes.
+"""Work of rank 0, or of one rank of each host, that all ranks wait for, however long it takes.
 
 An operation of all processes gives up after `launch.timeout`: who waits in it for a rank that reads a terabyte would
 take it for dead. So the work is done in a thread, and all ranks tell each other once a second that they are there.
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from finetune.run.ranks import World, from_main
+from finetune.run.ranks import World, from_all, from_main
 
 BEAT = 1.0  # seconds between two words of rank 0
 SILENT = 10.0  # seconds after which a reader wonders
@@ -44,6 +44,41 @@ def from_main_in_time(launched: World, make: Callable[[], Any], long: Callable[[
             if error is not None:
                 raise error
             return made
+        if launched.is_main and waited >= SILENT and not told:
+            told = True
+            long()
+
+
+def on_each_host_in_time(launched: World, make: Callable[[], Any], long: Callable[[], None] = lambda: None) -> None:
+    """`make()` of the first rank of each host; all ranks call this at once, and go on when all hosts are done.
+
+    Args:
+        launched: from `finetune.run.ranks.world`.
+        make: the work, in a thread of its own; what it raises is sent to the other ranks, and it calls no operation of
+            all processes.
+        long: told once, on rank 0, when the work takes more than a few seconds.
+
+    Raises:
+        BaseException: what `make` raised on the first host on which it did, on all ranks.
+    """
+    box: list[tuple[Any, BaseException | None]] = []
+    works = launched.local_rank == 0
+    thread = threading.Thread(target=lambda: box.append((None, _outcome(make)[1])), daemon=True)
+    if works:
+        thread.start()
+    else:
+        box.append((None, None))
+    waited, told = 0.0, False
+    while True:
+        if works:
+            thread.join(BEAT)
+            waited += BEAT
+        outcomes = from_all(launched, box[0] if box else None)
+        if all(outcome is not None for outcome in outcomes):
+            for _, error in outcomes:
+                if error is not None:
+                    raise error
+            return
         if launched.is_main and waited >= SILENT and not told:
             told = True
             long()

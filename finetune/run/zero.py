@@ -13,7 +13,6 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.recipe.sections import TrainingOptions
 from finetune.run.batch import BatchShape
-from finetune.run.builds import missing_tools
 from finetune.run.launcher_values import one_of, whole
 
 # Values of a DeepSpeed configuration that a recipe decides, with the key that does.
@@ -113,7 +112,7 @@ def from_variables(environment: Mapping[str, str], configs: Path) -> tuple[str, 
 
 
 def faults(settings: Mapping[str, Any], source: str, training: TrainingOptions, shape: BatchShape) -> list[str]:
-    """What of a configuration contradicts the recipe, or cannot be had, each with what to do instead.
+    """What of a configuration contradicts the recipe, each with what to do instead; of this machine nothing is asked.
 
     Args:
         settings: from `read_file` or `read_inline`.
@@ -148,11 +147,6 @@ def faults(settings: Mapping[str, Any], source: str, training: TrainingOptions, 
         found.append(
             f"{source}: {' and '.join(drives)}: what lies on an NVMe drive cannot be put into a checkpoint; write "
             "device: cpu"
-        )
-    if own_optimizer(settings) and (missing := missing_tools()):
-        found.append(
-            f"{source}: DeepSpeed compiles its optimizer for the CPU, and {' and '.join(missing)} cannot be "
-            "found; install that, or take launch.config: zero3"
         )
     if own_optimizer(settings) and training.optim not in _ADAMW:
         found.append(
