@@ -131,6 +131,7 @@ def _answer(
     if own_process:
         import_all(STACK)
 
+    from finetune.data.cache import Cache
     from finetune.data.questions import questions, without_reasoning
     from finetune.model.answer import answers
     from finetune.model.fetch import fetch
@@ -149,7 +150,8 @@ def _answer(
         recipe.model.trust_remote_code,
         look=lambda found: stored(found.name, found.config, model_options.quantization),
     )
-    refuse_other_base(product, base.name, base.weights, base.folder)
+    known = Cache(recipe.data.cache_dir).file_hashes
+    refuse_other_base(product, base.name, base.weights, base.folder, known)
     tokenizer = load_tokenizer(model_options, base)
     added = new_ids(model_options, tokenizer)
     refuse_other_ids(product.facts, added)

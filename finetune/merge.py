@@ -70,7 +70,7 @@ def run(
     product = identify(target)
     if product.adapter is None:
         raise RefusedError(f"{target}: holds whole weights already, so there is nothing to merge")
-    options, recipe_model = _options(product)
+    options, recipe_model, cache = _options(product)
     chosen = _dtype(dtype, options)
     folder = _output(output, product.adapter)
     found = find(product.base)
@@ -81,6 +81,7 @@ def run(
     if own_process:
         import_all(STACK)
 
+    from finetune.data.cache import Cache
     from finetune.exports import EXPORTS
     from finetune.model.fetch import fetch
     from finetune.model.stored import stored
@@ -91,7 +92,7 @@ def run(
     base = fetch(
         found, model.revision, model.trust_remote_code, look=lambda base: stored(base.name, base.config, "none")
     )
-    refuse_other_base(product, base.name, base.weights, base.folder)
+    refuse_other_base(product, base.name, base.weights, base.folder, Cache(cache).file_hashes)
     tokenizer_from = product.adapter if (product.adapter / "tokenizer_config.json").is_file() else None
     named = (product.facts.get("base") or {}).get("name") or base.name  # as the recipe says it, not where it was found
     with staged_folder(folder, {"merged_from": {"base": named, "adapter": product.adapter.name}}) as staging:
@@ -119,12 +120,12 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _options(product: Product) -> tuple[ExportOptions, ModelOptions]:
-    """Export and model sections of the recipe beside the adapter, or their defaults."""
+def _options(product: Product) -> tuple[ExportOptions, ModelOptions, str | None]:
+    """Export and model sections of the recipe beside the adapter and its cache, or their defaults."""
     if product.recipe is None:
-        return ExportOptions(), ModelOptions(name_or_path=product.base)
+        return ExportOptions(), ModelOptions(name_or_path=product.base), None
     recipe = load_recipe(product.recipe).recipe
-    return recipe.export, recipe.model
+    return recipe.export, recipe.model, recipe.data.cache_dir
 
 
 def _output(asked: str | None, adapter: Path) -> Path:

@@ -196,8 +196,8 @@ def _of_targets(facts: dict[str, Any]) -> Iterator[Told]:
     ]
     frozen = ", ".join(block["kind"] for block in facts["blocks"] if not block["trainable"])
     yield Told("targets", f"adapted: {'; '.join(parts)}; frozen: {frozen or 'nothing'}", {"blocks": facts["blocks"]})
-    if facts["assumed"]:
-        yield Told("targets", facts["assumed"])
+    for told in filter(None, (facts["assumed"], facts["loses"])):
+        yield Told("targets", told)
 
 
 def _of_data(found: Any) -> Iterator[Told]:

@@ -28,8 +28,9 @@ def run(recipe_path: str, overrides: Sequence[str]) -> dict[str, Any]:
     Returns:
         `base`, `model_type`, `family` (None when no file knows it), `method`, `dtype`, `quantization`, `stored`
         (how the checkpoint itself is quantised; None when it is not), `assumed`,
-        `refused` (why training would not start; None when it would), `unquantised` (with model.quantization: the bytes
-        that each kind of block would take without; else empty), `parameters`, `bytes` as loaded, `trainable`,
+        `loses` (what plain PEFT will not open of the adapter), `refused` (why training would not start; None when it
+        would), `unquantised` (with model.quantization: the bytes that each kind of block would take without; else
+        empty), `parameters`, `bytes` as loaded, `trainable`,
         `blocks` by kind, and `modules`: `name`, `kind`, `parameters`, `bytes`, `adapted`, `trainable` of each.
 
     Raises:
@@ -62,7 +63,7 @@ def run(recipe_path: str, overrides: Sequence[str]) -> dict[str, Any]:
     family = match(recipe.model.family, base.model_type or model.config.model_type)
     earlier = read_earlier(recipe.adapter, recipe.model.name_or_path, recipe.model.quantization)
     ids, guess = _new_ids(model, recipe.model, base)
-    coverage, assumed, whole = _covered(model, recipe, family, earlier, ids)
+    coverage, assumed, loses, whole = _covered(model, recipe, family, earlier, ids)
     refused = None
     if recipe.adapter.method != "none":
         try:
@@ -78,6 +79,7 @@ def run(recipe_path: str, overrides: Sequence[str]) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "stored": held.method if held is not None else None,
         "assumed": "; ".join(filter(None, [assumed, guess])),
+        "loses": loses,
         "refused": refused,
         "unquantised": whole,
         **coverage.facts(),
@@ -100,8 +102,8 @@ def _new_ids(model: Any, options: ModelOptions, base: Base) -> tuple[list[int], 
 
 def _covered(
     model: Any, recipe: Any, family: Any, earlier: Earlier | None, new_ids: Sequence[int]
-) -> tuple[Coverage, str, dict[str, int]]:
-    """The coverage of a model on the meta device, what was assumed, and bytes by kind before a quantisation."""
+) -> tuple[Coverage, str, str, dict[str, int]]:
+    """The coverage of a model on the meta device, what was assumed, what plain PEFT loses, and bytes by kind before."""
     from finetune.model.build import adapted
     from finetune.model.coverage import measure
     from finetune.model.embeddings import give_rows
@@ -117,7 +119,7 @@ def _covered(
     whole = by_kind(bare) if planned is not None else {}
     if recipe.adapter.method == "none":
         freeze(model, recipe.model.freeze)
-        return measure(found, model), "", whole
+        return measure(found, model), "", "", whole
     options = earlier.options if earlier is not None else recipe.adapter
     wrapped, targets = adapted(model, options, recipe.model, family, earlier, on_meta=True, new_ids=new_ids)
-    return measure(found, wrapped), targets.assumed, whole
+    return measure(found, wrapped), targets.assumed, targets.loses, whole

@@ -107,7 +107,7 @@ def test_an_adapter_of_which_plain_peft_loses_a_part_says_so_opens_whole_and_mer
 
     options = AdapterOptions(r=4, lora_alpha=16)
     model, targets = adapted(made(), options, ModelOptions(name_or_path="base"), None, None)
-    assert "PEFT by itself loses 10 matrices of this adapter" in targets.assumed
+    assert "PEFT by itself loses 10 matrices of this adapter" in targets.loses
     ids = torch.randint(3, TWIN["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,14 @@ def test_another_base_is_told_by_its_files_whatever_their_names(tmp_path: Path) 
     (base / "tokenizer.json").write_text('{"other": 1}')
     assert changed_files(hashes, shards, base) == []
     assert changed_files({}, shards, base) == []
+    asked: list[Path] = []
+
+    def known(paths: Sequence[Path]) -> list[str]:
+        asked.extend(paths)
+        return [hashes[path.name] for path in paths]
+
+    assert changed_files(hashes, shards, base, known) == []
+    assert {path.name for path in asked} == hashes.keys(), "what is remembered is not read"
     one = base / "model.safetensors"
     one.write_bytes(b"other weights under another name")
     assert changed_files(hashes, (one,), base) == [

@@ -40,8 +40,8 @@ def _draw(facts: dict[str, Any]) -> None:
     print(f"{facts['base']}: {facts['model_type']} ({family}), {_number(facts['parameters'])} parameters, {kept}")
     if facts["stored"]:
         print(f"the checkpoint is stored as {facts['stored']}; the sizes are those of {facts['dtype']}")
-    if facts["assumed"]:
-        print(facts["assumed"])
+    for told in filter(None, (facts["assumed"], facts["loses"])):
+        print(told)
     whole = facts["unquantised"]
     names = ("kind", "parameters", *(["whole GB"] if whole else []), "GB", "adapted", "trainable", "on", "frozen")
     table = Table(*names, box=None, pad_edge=False)

@@ -34,7 +34,7 @@ class Built:
         model: the base with its adapter, or the base alone for full fine-tuning.
         base: what the base is, in words.
         trains: what is trained, in words.
-        note: what was assumed, and which kinds of blocks stay frozen; empty when neither.
+        note: what was assumed, what plain PEFT loses, and which kinds of blocks stay frozen; empty when none of it.
         targets: leaf names of the adapted modules; empty for full fine-tuning.
         weights: what the weights take, by kind of block, quantised and not, in words; empty without quantisation.
         quantized: what is held in 4 or 8 bits; None when nothing is.
@@ -98,7 +98,7 @@ def build(
         coverage = measure(found, model)
         refuse_unaccepted(coverage, adapter)
         leaves, lost = targets.short(), targets.lost
-        note = "; ".join(filter(None, [targets.assumed, *coverage.sentences()]))
+        note = "; ".join(filter(None, [targets.assumed, targets.loses, *coverage.sentences()]))
     numbers = count(sum(place.parameters for place in found))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = _what(adapter, leaves, earlier) if leaves else "what is not frozen" if options.freeze else "every weight"
@@ -176,7 +176,7 @@ def _with_lost(targets: Targets, wrapped: Any) -> Targets:
         f"the installed PEFT by itself loses {len(lost)} matrices of this adapter when it opens it, as {lost[0]}; "
         "finetune evaluate and merge read all of them, so serve it merged"
     )
-    return replace(targets, assumed="; ".join(filter(None, [targets.assumed, told])), lost=len(lost))
+    return replace(targets, lost=len(lost), loses=told)
 
 
 def _weights(found: list[Place], options: ModelOptions, adapter: AdapterOptions, base: Base, kept: Precision) -> str:

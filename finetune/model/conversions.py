@@ -61,7 +61,7 @@ def layout_of(model: PreTrainedModel, names: Collection[str]) -> Family | None:
         attention=(),
         mlp=(),
         licence="Not known.",
-        experts=tuple(stored),
+        experts=tuple(key for key in stored if not key.endswith(".weight")),  # the others are dense layers
         stored=stored,
         renamed=tuple(renamed),
         transposed=transposed,

@@ -32,12 +32,14 @@ class Targets:
         parameters: full names of fused experts, as `model.named_parameters` gives them.
         assumed: what was assumed where no family file knows the model; empty otherwise.
         lost: how many matrices of such an adapter plain PEFT loses when it opens it.
+        loses: the same in words; empty where it loses none.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...] = ()
     assumed: str = ""
     lost: int = 0
+    loses: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:

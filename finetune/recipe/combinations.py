@@ -343,7 +343,7 @@ TABLE: tuple[Combination, ...] = (
     Combination(
         when={"whole": ("modules_to_save", "trainable_token_indices"), "parallelism": ("ZeRO-1", "ZeRO-2", *_SPREAD)},
         works=True,
-        why="rows of the embedding too are spread, and gathered where they are saved",
+        why="saved whole; where weights are spread, rows of the embedding are too, and are gathered first",
         known="launch",
         seen="accelerate 1.15, deepspeed 0.19.8",
         example={"launch.config": "zero3", "adapter.trainable_token_indices": [5, 6]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from finetune.errors import ExportError, RefusedError
 from finetune.run.folder import RunFolder, read_json
 from finetune.run.record import base_hashes
 
+Known = Callable[[Sequence[Path]], list[str]]
 _WORDS = frozenset({"tokenizer.json", "tokenizer_config.json"})  # hashed too; an adapter may bring its own
 
 
@@ -93,7 +94,9 @@ def _base_place(name: str, record: dict[str, Any]) -> str:
     return path if isinstance(path, str) and os.path.isdir(path) else name
 
 
-def refuse_other_base(product: Product, name: str, weights: tuple[Path, ...], folder: Path | None) -> None:
+def refuse_other_base(
+    product: Product, name: str, weights: tuple[Path, ...], folder: Path | None, known: Known | None = None
+) -> None:
     """The base must hold the very bytes that the adapter was trained on; one made elsewhere tells no hashes.
 
     Args:
@@ -101,11 +104,12 @@ def refuse_other_base(product: Product, name: str, weights: tuple[Path, ...], fo
         name: the base as messages call it.
         weights: its weight files.
         folder: its local folder.
+        known: hashes files, and may remember those that have not changed.
 
     Raises:
         ExportError: files differ or are gone, all of them named.
     """
-    differ = changed_files((product.facts.get("base") or {}).get("sha256") or {}, weights, folder)
+    differ = changed_files((product.facts.get("base") or {}).get("sha256") or {}, weights, folder, known)
     if differ:
         raise ExportError(
             f"{name} is not the base that was trained on: {', '.join(differ)} changed since; restore it, or train "
@@ -113,15 +117,20 @@ def refuse_other_base(product: Product, name: str, weights: tuple[Path, ...], fo
         )
 
 
-def changed_files(trained_on: dict[str, str], weights: tuple[Path, ...], folder: Path | None) -> list[str]:
+def changed_files(
+    trained_on: dict[str, str], weights: tuple[Path, ...], folder: Path | None, known: Known | None = None
+) -> list[str]:
     """The weight files and the config of a base that are not those an adapter was trained on, whatever their names.
 
     Args:
         trained_on: SHA-256 by file name, as the adapter tells them; empty for one made elsewhere.
         weights: the base's weight files.
         folder: its local folder.
+        known: hashes files, and may remember those that have not changed.
     """
-    return differing(trained_on, base_hashes(weights, folder)) if trained_on else []  # reads no weights for nothing
+    if not trained_on:
+        return []  # reads no weights for nothing
+    return differing(trained_on, base_hashes(weights, folder, known))
 
 
 def differing(trained_on: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
