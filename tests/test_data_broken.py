@@ -255,6 +255,7 @@ def test_broken_rows_and_files_give_faults_at_their_line(case: Callable[[random.
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES)
 def test_ten_thousand_broken_rows_and_files_give_faults_at_their_line(case: Callable[[random.Random], None]) -> None:
     _many(case, SLOW)

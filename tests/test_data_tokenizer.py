@@ -114,6 +114,7 @@ def test_fast_ids_are_the_reference_ids(real: Callable[[str], Vocabulary], name:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [*REAL, "qwen"])
 def test_fast_ids_are_the_reference_ids_on_a_hundred_thousand_texts(
     real: Callable[[str], Vocabulary], name: str
@@ -122,6 +123,7 @@ def test_fast_ids_are_the_reference_ids_on_a_hundred_thousand_texts(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [*REAL, "qwen"])
 def test_fast_ids_are_the_reference_ids_on_every_character(real: Callable[[str], Vocabulary], name: str) -> None:
     fast, slow = Encoder(real(name)), Encoder(real(name).without_fast())
