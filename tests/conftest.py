@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,11 @@ from warm import Outcome, Warm  # noqa: E402
 
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+# A test that is slow because the machine is busy has found nothing.
+hypothesis.settings.register_profile("finetune", deadline=None)
+hypothesis.settings.load_profile("finetune")
 
 
 def _settings(home: Path) -> dict[str, str]:

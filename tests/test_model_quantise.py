@@ -186,20 +186,20 @@ def test_a_forward_keeps_nothing_of_the_size_of_an_expert(stored: Any) -> None:
 def test_only_one_parameter_is_whole_at_a_time_while_files_are_read(stored: Any, monkeypatch: Any) -> None:
     import weakref
 
-    from finetune.model import quantise_experts
+    from finetune.model import quantiser
 
     base, _ = stored("mixtral", num_hidden_layers=3)
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    pack = quantise_experts.pack
+    pack = quantiser.pack
 
-    def watched(module: Any, name: str, value: Tensor) -> Any:
+    def watched(module: Any, name: str, value: Tensor, *more: Any) -> Any:
         nonlocal most
         alive.append(weakref.ref(value))
         most = max(most, sum(one() is not None for one in alive))
-        return pack(module, name, value)
+        return pack(module, name, value, *more)
 
-    monkeypatch.setattr(quantise_experts, "pack", watched)
+    monkeypatch.setattr(quantiser, "pack", watched)
     model = loaded(base)
     assert (len(alive), most) == (6, 1)
     assert not any(p.dim() == 3 for p in model.parameters())
