@@ -26,7 +26,7 @@ from warm import Child, Outcome
 
 from finetune.errors import RefusedError
 from finetune.files import manifest_faults
-from finetune.run.checkpoint_parts import Kept
+from finetune.run.checkpoint_kept import Kept
 from finetune.run.checkpoint_state import WEIGHT
 
 CHANGES: dict[str, Any] = {

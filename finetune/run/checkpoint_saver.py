@@ -185,14 +185,15 @@ class Saver(TrainerCallback):
                 self._writer.wait()
                 self._surface()
                 self._first = first
-                where, config = self._layout
+                where, config = self._places
                 taken = snapshot(trainer, where, config, ranks, self._copies)
                 taken.facts.update(self._facts(self._by_number))
                 self._writer.start(functools.partial(self._write, taken, target, keep))
         trainer.not_training(time.monotonic() - began)
 
     @functools.cached_property
-    def _layout(self) -> tuple[dict[str, tuple[str, str]], bytes | None]:
+    def _places(self) -> tuple[dict[str, tuple[str, str]], bytes | None]:
+        """Where each weight of a whole state goes, and adapter_config.json."""
         return places(self._trainer.model), adapter_config(self._trainer.model)
 
     def _write(self, taken: Snapshot, target: Path, keep: bool, go_on: Callable[[], None]) -> None:

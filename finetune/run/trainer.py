@@ -29,7 +29,7 @@ from trl import SFTTrainer
 
 from finetune.errors import DiskError, NonFiniteError, RecipeError
 from finetune.files import MANIFEST, existing_parent
-from finetune.run.checkpoint_parts import has_parts, restore_parts
+from finetune.run.checkpoint_kept import has_parts, restore_parts
 from finetune.run.checkpoint_saver import Saver
 from finetune.run.checkpoint_state import Numbers, restore_rng, restore_state, restore_weights
 from finetune.run.folder import RunFolder, read_json
