@@ -132,3 +132,29 @@ def without_shared_memory_op() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def lay_out_buckets_once(wrapped: Any) -> None:
+    """Have DDP lay gradients out in the buckets it keeps before the first step, not after it.
+
+    torch 2.13 sums the gradients of the first step in one bucket, in the order of the parameters, and lays them out
+    anew for the second, in the order in which they came. Where a number lies decides in which order more than two
+    processes add it up, so that a run that is resumed rounds its first step otherwise than the undisturbed run. The
+    gradients of the last weights come first; laid out in that order from the start, buckets leave as early as before.
+
+    Remove when tests/test_compat.py::test_ddp_still_lays_its_buckets_out_anew_after_the_first_step fails.
+
+    Args:
+        wrapped: the model as the trainer wrapped it, before its first step; any other than DDP's is left as it is.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    ddp = getattr(wrapped, "_orig_mod", wrapped)  # what torch.compile has wrapped
+    if not isinstance(ddp, DistributedDataParallel) or ddp._use_python_reducer:
+        return
+    parameters, are_sparse = ddp._build_params_for_reducer()
+    parameters, are_sparse = parameters[::-1], are_sparse[::-1]
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, are_sparse, names, ddp.static_graph)
+    ddp.reducer._push_all_rebuilt_params()
+    ddp.reducer._rebuild_buckets()

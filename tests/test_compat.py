@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from finetune.compat import flatten_8bit_inputs, fp8_blocks_of, keep_4bit_unpacked
+from finetune.compat import flatten_8bit_inputs, fp8_blocks_of, keep_4bit_unpacked, lay_out_buckets_once
 
 bnb = pytest.importorskip("bitsandbytes", reason="the quant extra is not installed")
 
@@ -183,3 +184,52 @@ def test_fp8_weights_are_read_by_the_blocks_of_their_config(rows: int) -> None:
     assert Fp8Dequantize._dequantize_one is stock
     assert found.shape == (rows, 64)
     assert found[:, 0].tolist() == [1 + row // 32 for row in range(rows)]
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def laid_out(settled: bool) -> list[list[list[str]]]:
+    """Which gradients lie in each bucket of DDP, and in which order, in each of three steps."""
+    layers = [torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Tanh()) for _ in range(4)]
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(*layers))
+    if settled:
+        lay_out_buckets_once(ddp)
+    names = {id(parameter): name for name, parameter in ddp.module.named_parameters()}
+    steps: list[list[list[str]]] = []
+
+    def seen(state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        steps[-1].append([names[id(parameter)] for parameter in bucket.parameters()])
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    kinds = {"bucket": torch.distributed.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+    seen.__annotations__.update(kinds)  # torch compares them, and these are text here
+    ddp.register_comm_hook(None, seen)
+    for _ in range(3):
+        steps.append([])
+        ddp.zero_grad()
+        ddp(torch.ones(2, 300)).sum().backward()
+        assert all(p.grad is not None and bool(p.grad.any()) for p in ddp.parameters())
+    return steps
+
+
+def test_ddp_still_lays_its_buckets_out_anew_after_the_first_step(group: None) -> None:
+    first, second, third = laid_out(settled=False)
+    assert first != second
+    assert second == third
+
+
+def test_ddps_buckets_are_from_the_first_step_on_what_they_would_become(group: None) -> None:
+    first, second, third = laid_out(settled=True)
+    assert first == second == third
+    assert len(first) == 2
+    assert [name for bucket in first for name in bucket][:2] == ["3.0.bias", "3.0.weight"], "the last come first"
+    assert first == laid_out(settled=False)[-1]

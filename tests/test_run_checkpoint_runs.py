@@ -111,6 +111,27 @@ def test_two_ranks_go_on_to_the_same_bits_and_one_to_the_same_losses(lab: Lab) -
     assert lab.losses("one")[:4] == lab.losses("whole")[:4]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero1", "zero2", "zero3"])
+def test_four_ranks_go_on_to_the_same_bits(lab: Lab, mode: str) -> None:
+    """Sums of more than two numbers depend on their order, which a new start must not change."""
+    changes = {**LORA, "training.global_batch_size": 4, "training.per_device_train_batch_size": 1}
+    if mode != "ddp":
+        changes["launch.config"] = mode
+    for outcome in lab.warm.ranks(4, lab.recipe({**changes, "output_dir": "whole"}), cwd=lab.folder, timeout=300):
+        outcome.ok()
+    recipe = lab.recipe(changes)
+    fault = faults("kill:9:.checkpoint-8.tmp")
+    children = lab.warm.start_ranks(4, recipe, cwd=lab.folder, entry="faults:train", env=fault)
+    assert children[0].wait(300).returncode == -signal.SIGKILL
+    for child in children:
+        child.kill()
+    again = [outcome.ok() for outcome in lab.warm.ranks(4, recipe, cwd=lab.folder, timeout=300)]
+    assert "resume   from run/checkpoints/checkpoint-4" in again[0].stderr
+    assert lab.adapter() == lab.adapter("whole")
+    assert lab.losses() == lab.losses("whole")
+
+
 def test_a_checkpoint_holds_what_is_trained_and_nothing_of_the_base_and_no_pickle(lab: Lab) -> None:
     lab.train(LORA).ok()
     path = lab / "run/checkpoints/checkpoint-12"

@@ -27,6 +27,7 @@ from transformers import TrainerControl, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
+from finetune.compat import lay_out_buckets_once
 from finetune.errors import DiskError, NonFiniteError, RecipeError
 from finetune.files import MANIFEST, existing_parent
 from finetune.run.checkpoint_kept import has_parts, restore_parts
@@ -447,6 +448,7 @@ class Trainer(SFTTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wraps model and optimizer; then the state is put back, which the stock trainer would read from pickles."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        lay_out_buckets_once(self.model_wrapped)
         if self.is_sharded:
             _ = self.layout  # now: FSDP2 puts other parameters in place while it measures
         if resume_from_checkpoint is not None:
