@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def finish(ready: Ready, seconds: float) -> dict[str, Any]:
     """Measure, save, prove; empty on ranks other than 0."""
+    from finetune.run.restart import report
+
     trainer, data, checked = ready.trainer, ready.data, ready.checked
     figures: dict[str, Any] = {"steps": trainer.state.global_step}
     if data.validation is not None:
@@ -29,8 +31,7 @@ def finish(ready: Ready, seconds: float) -> dict[str, Any]:
     }
     product, proof = _save(ready, state, figures)
     ready.say("saved", f"{product}: {proof['tensors']} tensors, reopened from disk and equal to the trained ones")
-    adapter = checked.adapter.method
-    return {"run": str(checked.folder.root), "product": str(product), "adapter": adapter, **figures, "proof": proof}
+    return report(checked.folder, product, checked.adapter.method, figures, proof)
 
 
 def _whole_state(trainer: Trainer, launched: World, whole: bool) -> dict[str, Any] | None:
@@ -73,7 +74,7 @@ def _save(ready: Ready, state: dict[str, Any] | None, figures: dict[str, Any]) -
     if not built.targets:
         stops = data.stops.ends if data.stops else ()
         write = resolve("export", "weights", EXPORTS)
-        return folder.model, write(trainer.model, tokenizer, folder.model, text, stops, state)
+        return folder.model, write(trainer.model, tokenizer, folder.model, text, stops, state, figures)
     doubled = is_doubled(checked.adapter.init_lora_weights)
     if doubled:
         settle(adapted_modules(trainer.model))
@@ -87,4 +88,4 @@ def _save(ready: Ready, state: dict[str, Any] | None, figures: dict[str, Any]) -
     }
     with_tokenizer = tokenizer if recipe.data.chat_template or any(added.values()) else None
     write = resolve("export", "adapter", EXPORTS)
-    return folder.adapter, write(trainer.model, folder.adapter, text, facts, with_tokenizer, state)
+    return folder.adapter, write(trainer.model, folder.adapter, text, facts, with_tokenizer, state, figures)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import RecipeError
 from finetune.recipe.combinations import recipe_facts, refusals
@@ -30,6 +30,7 @@ class Checked:
     Attributes:
         adapter: the adapter section, with what an earlier adapter decides.
         earlier: the adapter that is trained further; None without one.
+        finished: what the run reports that a launcher starts again although it has its product; None elsewhere.
     """
 
     base: Base
@@ -42,6 +43,7 @@ class Checked:
     allow_drift: tuple[str, ...]
     adapter: AdapterOptions
     earlier: Earlier | None = None
+    finished: dict[str, Any] | None = None
 
 
 def check(loaded: LoadedRecipe, overwrite: bool = False, allow_drift: Sequence[str] = ()) -> Checked:
@@ -59,6 +61,7 @@ def check(loaded: LoadedRecipe, overwrite: bool = False, allow_drift: Sequence[s
     from finetune.registry import resolve
     from finetune.run.folder import RunFolder, claim
     from finetune.run.modes import mode_of
+    from finetune.run.restart import begun_by, finished, is_restart, launcher_of
     from finetune.run.resume import check_keys, check_names
     from finetune.run.track import check_trackers
 
@@ -76,14 +79,21 @@ def check(loaded: LoadedRecipe, overwrite: bool = False, allow_drift: Sequence[s
     if spread := [f"{row.key}: {row.message()}" for row in refusals(facts, "launch")]:
         raise RecipeError("\n".join(spread))
     earlier = read_earlier(recipe.adapter, recipe.model.name_or_path, recipe.model.quantization)
-    folder, continuing = RunFolder.at(recipe.output_dir), False
+    folder, continuing, done = RunFolder.at(recipe.output_dir), False, None
     if os.environ.get("RANK", "0") == "0":  # other ranks take rank 0's word: it writes there while they still look
-        folder, continuing = claim(
-            folder.root, loaded.hash(), overwrite, needed(loaded), lambda found: check_keys(found, plain, allow_drift)
-        )
+        if is_restart(os.environ):
+            overwrite = overwrite and not begun_by(launcher_of(os.environ), folder)  # what it began is not begun again
+            done = None if overwrite else finished(folder, loaded.hash())
+        if done is None:
+            folder, continuing = claim(
+                folder.root, loaded.hash(), overwrite, needed(loaded),
+                lambda found: check_keys(found, plain, allow_drift),
+            )  # fmt: skip
     refuse(check_sources(recipe.data, method.needs, SAMPLE))
     adapter = earlier.options if earlier is not None else recipe.adapter
-    return Checked(base, family, method, mode, folder, continuing, overwrite, tuple(allow_drift), adapter, earlier)
+    return Checked(
+        base, family, method, mode, folder, continuing, overwrite, tuple(allow_drift), adapter, earlier, done
+    )
 
 
 def needed(loaded: LoadedRecipe) -> tuple[Path, ...]:

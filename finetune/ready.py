@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,7 @@ def begin(ready: Ready, made: dict[str, Any], point: ResumePoint) -> None:
     from finetune.data import date
     from finetune.run.folder import claim, need_space, read_json
     from finetune.run.record import this_process
+    from finetune.run.restart import launcher_of
 
     loaded, checked, base, data = ready.loaded, ready.checked, ready.base, ready.data
     recipe, folder = loaded.recipe, checked.folder
@@ -202,6 +204,8 @@ def begin(ready: Ready, made: dict[str, Any], point: ResumePoint) -> None:
         "hardware": ready.hardware.facts(),
         "made_of": made,
     }
+    if launcher := launcher_of(os.environ):
+        record["launcher"] = launcher
     if checked.continuing:
         went_on = {"step": point.step, "at": record["created"], "accepted": [asdict(drift) for drift in point.accepted]}
         record["resumed"] = [*read_json(folder.record).get("resumed", []), went_on]

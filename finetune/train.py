@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import (
@@ -155,20 +156,27 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     from finetune.run import ranks
     from finetune.run.ending import as_fault
     from finetune.run.modes import compiles
+    from finetune.run.restart import is_restart
     from finetune.run.watch import GRACE
     from finetune.supply import supply
 
     recipe, mode = loaded.recipe, checked.mode
     process = process_of(recipe, mode, hardware)
     process.say("note", mode.note)
-    supplies = supply(loaded, checked, process)
     if mode.kind == "deepspeed" and process.launched.local_rank == 0:
         _remove_stale_locks(process.say)
+    supplies: Supplies | None = None
 
     def explained(error: BaseException) -> BaseException:
-        return as_fault(error, lambda: _remedies(loaded, checked, process, supplies))
+        return as_fault(error, lambda: _remedies(loaded, checked, process, supplies) if supplies else [])
 
     try:
+        if is_restart(os.environ):
+            ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
+            checked = _as_rank_0_found(checked, process)
+            if checked.finished is not None:
+                return _finished(checked, process, checked.finished)
+        supplies = supply(loaded, checked, process)
         ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
         _agree(loaded, checked, process, supplies)
         if compiles(mode):
@@ -180,6 +188,27 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
         raise shown from error
     finally:
         ranks.stop()
+
+
+def _as_rank_0_found(checked: Checked, process: Process) -> Checked:
+    """What a launcher's restart found in the run folder, on all ranks alike."""
+    from finetune.run import ranks
+
+    overwrite, finished = ranks.from_main(process.launched, lambda: (checked.overwrite, checked.finished))
+    return replace(checked, overwrite=overwrite, finished=finished)
+
+
+def _finished(checked: Checked, process: Process, facts: dict[str, Any]) -> dict[str, Any]:
+    """End, on all ranks alike, where a launcher has started a run again that has its product."""
+    from finetune.run.folder import read_json
+
+    folder = checked.folder
+    process.say("finished", f"the run in {folder.root}; its product is {facts['product']}, as its manifest says")
+    if not process.launched.is_main:
+        return {}
+    if read_json(folder.exit).get("exit_code") != ExitCode.OK:  # the process was killed that should have said so
+        folder.write_exit(ExitCode.OK, "finished", facts["steps"], facts)
+    return facts
 
 
 def _remedies(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> list[str]:

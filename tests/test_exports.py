@@ -66,7 +66,7 @@ def test_the_folder_holds_what_a_reader_and_a_merge_need(tmp_path: Path) -> None
     adapter_export.write(trained(), tmp_path / "plain", "# card\n", {"quantization": None})
     adapter_export.write(trained(), tmp_path / "with", "# card\n", {"quantization": None}, tokenizer)
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "finetune.json"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "finetune.json", "manifest.json"
     ]  # fmt: skip
     assert json.loads((tmp_path / "plain" / "finetune.json").read_text()) == {"quantization": None}
     assert (tmp_path / "plain" / "README.md").read_text() == "# card\n"

@@ -55,7 +55,7 @@ def test_a_run_leaves_a_complete_folder(done: tuple[Lab, Outcome]) -> None:
     assert lab.ended()["exit_code"] == 0
     assert lab.ended()["step"] == 8
     assert {path.name for path in (lab / "run/adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "finetune.json", "README.md",
+        "adapter_config.json", "adapter_model.safetensors", "finetune.json", "manifest.json", "README.md",
     }  # fmt: skip
 
 

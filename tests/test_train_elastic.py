@@ -107,6 +107,35 @@ def test_a_run_whose_processes_are_killed_ten_times_resumes_ten_times_by_itself_
     assert lab.losses() == lab.losses("whole")
 
 
+# A process of the first start is killed between the saved product and its end.
+KILLED_AT_THE_END = """
+import os, signal, sys
+from finetune.run.folder import RunFolder
+from finetune.train import main
+
+original = RunFolder.write_exit
+
+def write_exit(self, code, *given):
+    if code == 0 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, code, *given)
+
+RunFolder.write_exit = write_exit
+sys.exit(main())
+"""
+
+
+def test_a_run_whose_process_is_killed_once_its_product_is_saved_ends_well(lab: Lab) -> None:
+    (lab / "killed.py").write_text(KILLED_AT_THE_END)
+    words = ["--standalone", "--nproc_per_node", "2", "--max_restarts", "1", "killed.py", lab.recipe(), "--overwrite"]
+    with ended_at_last(Launcher(lab, *words)) as launcher:
+        assert launcher.process.wait(240) == 0, launcher.output
+    assert "Signal 9 (SIGKILL)" in launcher.output or "exitcode: -9" in launcher.output
+    assert launcher.output.count("finished the run in run; its product is run/adapter") == 1
+    assert len(re.findall(r"^saved ", launcher.output, re.MULTILINE)) == 1  # and nothing was trained again
+    assert lab.ended()["exit_code"] == 0
+
+
 @pytest.mark.parametrize("allowed", [True, False], ids=["named as allowed", "not allowed"])
 def test_when_the_world_shrinks_the_global_batch_is_kept_or_the_run_stops_and_says_so(lab: Lab, allowed: bool) -> None:
     # Without dropout: one process does not draw the random numbers of two.

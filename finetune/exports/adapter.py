@@ -3,6 +3,7 @@
 adapter_config.json, adapter_model.safetensors    as peft writes them; plain peft loads them
 finetune.json                                     the base's hashes, and how it was quantised: a merge needs both
 README.md                                         the model card
+manifest.json                                     what the run reached, and every file's size and hash
 tokenizer files                                   where the recipe's chat template or new tokens changed the tokenizer
 """
 
@@ -29,6 +30,7 @@ def write(
     facts: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
     state: dict[str, Any] | None = None,
+    figures: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Save a trained adapter.
 
@@ -39,6 +41,7 @@ def write(
         facts: what finetune.json says.
         tokenizer: saved beside it when given.
         state: the trained weights by name, whole, of a model of which this process holds only a part.
+        figures: what the run reached, for manifest.json.
 
     Returns:
         `tensors`, `parameters` and `bytes` of the adapter.
@@ -50,9 +53,10 @@ def write(
 
     # By itself PEFT asks the hub whether the embeddings are longer than the base's, and if so adds copies of them.
     expected = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    with staged_folder(folder) as staging:
+    manifest: dict[str, Any] = {"figures": figures or {}}
+    with staged_folder(folder, manifest) as staging:
         model.save_pretrained(str(staging), state_dict=state, save_embedding_layers=False)
-        written = _compare(expected, staging / "adapter_model.safetensors")
+        written = manifest["proof"] = _compare(expected, staging / "adapter_model.safetensors")
         write_json(staging / FACTS, facts)
         write_text(staging / "README.md", card)
         if tokenizer is not None:

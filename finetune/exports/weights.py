@@ -21,6 +21,7 @@ def write(
     card: str,
     stops: Iterable[int] = (),
     state: dict[str, Any] | None = None,
+    figures: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Save a fully trained model with its tokenizer.
 
@@ -31,6 +32,7 @@ def write(
         card: the model card's text.
         stops: ids that trained answers end with; generation_config.json will name them.
         state: the trained weights by name, whole, of a model of which this process holds only a part.
+        figures: what the run reached, for manifest.json, which holds every file's size and hash.
 
     Returns:
         `tensors`, `parameters` and `bytes`; `stops_added` to generation_config.json.
@@ -47,18 +49,20 @@ def write(
         if id(one) not in known:
             known.add(id(one))
             trained[name] = one
-    with staged_folder(folder) as staging:
+    manifest: dict[str, Any] = {"figures": figures or {}}
+    with staged_folder(folder, manifest) as staging:
         model.save_pretrained(str(staging), **({} if state is None else {"state_dict": state}))
         tokenizer.save_pretrained(str(staging))
         write_text(staging / "README.md", card)
         added = state_stops(staging, stops)
         files = sorted(staging.glob("*.safetensors"))
-        return {
+        written = manifest["proof"] = {
             "tensors": _compare(model, trained, staging, files),
             "parameters": sum(parameter.numel() for parameter in trained.values()),
             "bytes": sum(file.stat().st_size for file in files),
             "stops_added": list(added),
         }
+    return written
 
 
 def _compare(model: PreTrainedModel, trained: Mapping[str, Tensor], folder: Path, files: list[Path]) -> int:
