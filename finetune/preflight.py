@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from finetune.methods.method import Method
     from finetune.model.earlier import Earlier
     from finetune.model.folder import Base
-    from finetune.recipe.sections import AdapterOptions
+    from finetune.recipe.sections import AdapterOptions, Recipe
     from finetune.run.folder import RunFolder
     from finetune.run.modes import Mode
 
@@ -55,9 +55,7 @@ def check(loaded: LoadedRecipe, overwrite: bool = False, allow_drift: Sequence[s
     from finetune.data.examples import SAMPLE, check_sources, refuse
     from finetune.families import match
     from finetune.methods import METHODS
-    from finetune.model.earlier import read_earlier
     from finetune.model.folder import find
-    from finetune.model.stored import stored
     from finetune.registry import resolve
     from finetune.run.folder import RunFolder, claim
     from finetune.run.modes import mode_of
@@ -70,15 +68,11 @@ def check(loaded: LoadedRecipe, overwrite: bool = False, allow_drift: Sequence[s
     check_names(allow_drift)
     method: Method = resolve("method", recipe.training.method, METHODS)
     base = find(recipe.model.name_or_path)
-    stored(base.name, base.config, recipe.model.quantization, recipe.adapter.method)
     family = match(recipe.model.family, base.model_type)
     if faults := check_trackers(recipe.tracking):
         raise RecipeError("\n".join(faults))
     plain = loaded.resolved()
-    facts = {**recipe_facts(lambda section, name: plain[section][name]), "parallelism": mode.facts}
-    if spread := [f"{row.key}: {row.message()}" for row in refusals(facts, "launch")]:
-        raise RecipeError("\n".join(spread))
-    earlier = read_earlier(recipe.adapter, recipe.model.name_or_path, recipe.model.quantization)
+    earlier = fits(recipe, plain, mode, base)
     folder, continuing, done = RunFolder.at(recipe.output_dir), False, None
     if os.environ.get("RANK", "0") == "0":  # other ranks take rank 0's word: it writes there while they still look
         if is_restart(os.environ):
@@ -94,6 +88,29 @@ def check(loaded: LoadedRecipe, overwrite: bool = False, allow_drift: Sequence[s
     return Checked(
         base, family, method, mode, folder, continuing, overwrite, tuple(allow_drift), adapter, earlier, done
     )
+
+
+def fits(recipe: Recipe, plain: Mapping[str, Any], mode: Mode, base: Base) -> Earlier | None:
+    """The adapter that a recipe goes on from, once recipe, mode, base and adapter were compared; None for a new one.
+
+    Args:
+        recipe: the recipe.
+        plain: the same as plain values.
+        mode: how the run is laid over its processes.
+        base: the base, with its config where that is at hand.
+
+    Raises:
+        RecipeError: they do not go together.
+        ModelError: the base, or the earlier adapter, cannot be trained so.
+    """
+    from finetune.model.earlier import read_earlier
+    from finetune.model.stored import stored
+
+    stored(base.name, base.config, recipe.model.quantization, recipe.adapter.method)
+    facts = {**recipe_facts(lambda section, name: plain[section][name]), "parallelism": mode.facts}
+    if spread := [f"{row.key}: {row.message()}" for row in refusals(facts, "launch")]:
+        raise RecipeError("\n".join(spread))
+    return read_earlier(recipe.adapter, recipe.model.name_or_path, recipe.model.quantization)
 
 
 def needed(loaded: LoadedRecipe) -> tuple[Path, ...]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.advice import advice
 from finetune.errors import (
     DataError,
     ExitCode,
@@ -168,7 +169,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     supplies: Supplies | None = None
 
     def explained(error: BaseException) -> BaseException:
-        return as_fault(error, lambda: _remedies(loaded, checked, process, supplies) if supplies else [])
+        return as_fault(error, lambda: advice(loaded, checked, process, supplies) if supplies else ())
 
     try:
         if is_restart(os.environ):
@@ -179,6 +180,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
         supplies = supply(loaded, checked, process)
         ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
         _agree(loaded, checked, process, supplies)
+        _see_room(loaded, checked, process, supplies)
         if compiles(mode):
             _compile_optimizer(process)
         return _run(assemble(loaded, checked, process, supplies), explained)
@@ -209,21 +211,6 @@ def _finished(checked: Checked, process: Process, facts: dict[str, Any]) -> dict
     if read_json(folder.exit).get("exit_code") != ExitCode.OK:  # the process was killed that should have said so
         folder.write_exit(ExitCode.OK, "finished", facts["steps"], facts)
     return facts
-
-
-def _remedies(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> list[str]:
-    """What to change in this recipe so that it takes less memory."""
-    from finetune.recipe.combinations import recipe_facts
-    from finetune.run.shortage import Situation, remedies
-
-    recipe, plain, hardware = loaded.recipe, loaded.resolved(), process.hardware
-    recomputes = recipe.training.activation_checkpointing
-    facts = {**recipe_facts(lambda section, name: plain[section][name]), "parallelism": checked.mode.facts}
-    now = Situation(
-        process.shape, checked.mode, hardware.device, hardware.count, supplies.data.longest,
-        hardware.device != "cpu" if recomputes == "auto" else recomputes, supplies.data.validation is not None, facts,
-    )  # fmt: skip
-    return list(remedies(recipe.model, recipe.data, recipe.training, recipe.launch, now))
 
 
 def _remove_stale_locks(say: Say) -> None:
@@ -267,6 +254,14 @@ def _agree(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: S
     if checked.earlier is not None:
         held["adapter that is continued"] = checked.earlier.hashes[WEIGHTS]
     ranks.agree(process.launched, held)
+
+
+def _see_room(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
+    """Refuse to start on a host whose memory cannot take the base of each of its processes, before any loads it."""
+    from finetune.room import refuse_little_memory
+    from finetune.run.wait import on_each_host_in_time
+
+    on_each_host_in_time(process.launched, lambda: refuse_little_memory(loaded, checked, process, supplies))
 
 
 def _run(ready: Ready, explained: Callable[[BaseException], BaseException]) -> dict[str, Any]:

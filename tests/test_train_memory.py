@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import pytest
-from tiny import Lab
+from hypothesis import strategies as st
+from tiny import Lab, lab_in
+from warm import Warm
 
-from finetune.errors import ExitCode
-from finetune.recipe.combinations import recipe_facts
-from finetune.recipe.sections import DataOptions, LaunchOptions, ModelOptions, TrainingOptions
-from finetune.run.batch import BatchShape
-from finetune.run.modes import Mode
-from finetune.run.shortage import Situation, is_shortage, remedies
+from finetune.advice import advice
+from finetune.errors import ExitCode, FinetuneError
+from finetune.plan.hardware import Hardware
+from finetune.preflight import Checked, check
+from finetune.ready import Process, process_of
+from finetune.recipe.load import load_recipe
+from finetune.recipe.loaded import LoadedRecipe
+from finetune.run.shortage import is_shortage
 
 CHANGES = {
     "adapter.lora_dropout": 0.1,
@@ -86,69 +95,155 @@ def test_when_one_rank_is_out_of_memory_the_run_says_so_and_not_that_it_hangs(la
 # -- what is told ------------------------------------------------------------------------------------------------------
 
 
-def told(
-    method: str = "lora",
-    quantization: Any = "none",
-    shape: BatchShape = BatchShape(8, 1, 1),
-    mode: Mode = Mode(),
-    devices: int = 1,
-    launch: Mapping[str, Any] | None = None,
-    **adapter: Any,
-) -> list[str]:
-    """The remedies for a recipe on GPUs with activations recomputed."""
-    rows = DataOptions.model_validate({"train": "x.jsonl"})
-    plain = {
-        "model": {"quantization": quantization},
-        "adapter": {"method": method, "init_lora_weights": True, "lora_dropout": 0.0, **adapter},
-        "training": {"weight_decay": 0.0},
-    }
-    facts = recipe_facts(lambda section, name: plain[section].get(name))
-    now = Situation(shape, mode, "cuda", devices, 900, True, False, {**facts, "parallelism": mode.facts})
-    model = ModelOptions.model_validate({"name_or_path": "x", "quantization": quantization})
-    options = TrainingOptions.model_validate({"learning_rate": 1e-4, "global_batch_size": shape.per_device})
-    return list(remedies(model, rows, options, LaunchOptions.model_validate(launch or {}), now))
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, bases: Path, warm: Warm) -> Iterator[Lab]:
+    """A lab, in which this process stands."""
+    with pytest.MonkeyPatch.context() as patch:
+        lab = lab_in(tmp_path_factory.mktemp("advice"), bases, warm)
+        patch.chdir(lab.folder)
+        yield lab
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe on a machine with GPUs, as far as it comes before anything is loaded."""
+
+    changes: Mapping[str, Any]
+    processes: int = 1
+    devices: int = 1
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def start(self, lab: Lab, *overrides: str) -> tuple[LoadedRecipe, Checked, Process]:
+        """What is checked before a run starts.
+
+        Raises:
+            FinetuneError: it is refused.
+        """
+        asked = {"launch.num_processes": self.processes if self.processes > 1 else None, "launch.device": None}
+        loaded = load_recipe(lab / lab.recipe({**asked, **self.changes}), overrides)
+        world = {"WORLD_SIZE": str(loaded.recipe.launch.num_processes or self.processes), "RANK": "0"}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**world, **self.variables}.items():
+                patch.setenv(name, value)
+            checked = check(loaded)
+            hardware = Hardware("cuda", self.devices, "", 2**30, bf16=True, threads=1)
+            return loaded, checked, process_of(loaded.recipe, checked.mode, hardware)
+
+    def told(self, lab: Lab, longest: int = 90) -> list[str]:
+        """What is told when it is out of memory."""
+        started = self.start(lab)
+        supplies: Any = SimpleNamespace(
+            base=started[1].base, data=SimpleNamespace(longest=longest, validation=object())
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.variables.items():
+                patch.setenv(name, value)
+            return advice(*started, supplies)
 
 
 def keys(lines: list[str]) -> list[str]:
     return [" ".join(line.split()[:2]) for line in lines]
 
 
-def zero(stage: int, **more: Any) -> Mode:
-    return Mode("deepspeed", "", {"zero_optimization": {"stage": stage, **more}})
+def overrides(line: str) -> list[str]:
+    """What a line tells a reader to write, as words of the command line."""
+    found = re.findall(r"\b([a-z_]+\.[a-z_]+): (less than \d+|[\w-]+)", line)
+    assert found, line
+    return [f"{key}={int(value.split()[-1]) - 1 if 'less' in value else value}" for key, value in found]
 
 
-def test_the_gentlest_remedy_comes_first_and_the_recipe_s_values_stand_in_it() -> None:
-    lines = told()
+def test_the_gentlest_remedy_comes_first_and_the_recipe_s_values_stand_in_it(place: Lab) -> None:
+    lines = Case({"training.global_batch_size": 8}).told(place)
     assert keys(lines) == [
         "training.per_device_train_batch_size: 4",
+        "training.per_device_eval_batch_size: 4",
         "data.max_length: less",
         "model.quantization: nf4",
     ]
-    assert lines[1] == "data.max_length: less than 900, the tokens of the longest row"
+    assert lines[2] == (
+        "data.max_length: less than 90 with data.on_long_row: drop (it is error), or truncate or split, the tokens of "
+        "the longest row"
+    )
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"),
+    ("changes", "processes", "devices", "expected"),
     [
-        ({}, "launch.config: zero3"),
-        ({"method": "none"}, "launch.config: zero2"),
-        ({"mode": zero(2)}, "launch.config: zero3"),
-        ({"mode": zero(3)}, "launch.config: zero3-offload"),
-        ({"mode": zero(3, offload_param={"device": "cpu"})}, None),
-        ({"launch": {"config": "multi-node-ddp"}}, "launch.config: multi-node-zero3"),
-        ({"shape": BatchShape(1, 1, 1), "devices": 4}, "launch.config: zero3"),
-        ({"init_lora_weights": "pissa"}, None),  # which cannot be spread
+        ({}, 4, 4, "launch.config: zero3"),
+        ({"adapter": {"method": "none"}}, 4, 4, "launch.config: zero2"),
+        ({"launch.config": "zero2"}, 4, 4, "launch.config: zero3"),
+        ({"launch.config": "zero3"}, 4, 4, "launch.config: zero3-offload"),
+        ({"launch.config": "zero3-offload"}, 4, 4, None),
+        ({"launch.config": "multi-node-ddp"}, 4, 2, "launch.config: multi-node-zero3"),
+        ({"launch.num_processes": 1}, 1, 4, "launch.config: zero3"),
+        ({"launch.num_processes": 1}, 1, 3, "launch.config: zero3"),  # which two of them can share
+        ({"launch.num_processes": 1, "training.global_batch_size": 1}, 1, 4, None),
+        ({"adapter.init_lora_weights": "pissa"}, 4, 4, None),  # which cannot be spread
+        ({"model.dtype": "float16"}, 4, 4, None),  # which DeepSpeed scales otherwise
     ],
 )
-def test_weights_are_spread_as_far_as_the_recipe_allows(how: dict[str, Any], expected: str | None) -> None:
-    lines = [line for line in keys(told(**{"shape": BatchShape(1, 1, 4), **how})) if line.startswith("launch.config")]
-    assert lines[:1] == ([expected] if expected else [])
+def test_weights_are_spread_as_far_as_the_recipe_allows(
+    place: Lab, changes: dict[str, Any], processes: int, devices: int, expected: str | None
+) -> None:
+    lines = [line for line in Case(changes, processes, devices).told(place) if line.startswith("launch.config")]
+    assert keys(lines)[:1] == ([expected] if expected else [])
+    assert ("with launch.num_processes: " in "".join(lines)) is (processes == 1 and expected is not None)
 
 
-def test_what_the_other_keys_refuse_is_not_told() -> None:
-    assert "adapter.method: lora" in keys(told(method="none"))
-    for lines in (told(method="none"), told(quantization="nf4"), told(init_lora_weights="pissa")):
-        assert "model.quantization: nf4" not in keys(lines)
+def test_a_launcher_that_was_given_a_configuration_must_be_given_the_new_one(place: Lab) -> None:
+    given = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    (line,) = [line for line in Case({}, 4, 4, given).told(place) if line.startswith("launch.config")]
+    assert line.endswith("for the weights in parts, too, with the same for the launcher's --config_file")
+
+
+def test_what_the_other_keys_refuse_is_not_told(place: Lab) -> None:
+    everything: dict[str, Any] = {"adapter": {"method": "none"}}
+    assert "adapter.method: lora" in keys(Case(everything).told(place))
+    assert "adapter.method: lora" not in keys(Case({**everything, "model.freeze": ["embed_tokens"]}).told(place))
+    for changes in (everything, {"model.quantization": "nf4"}, {"adapter.init_lora_weights": "pissa"}):
+        assert "model.quantization: nf4" not in keys(Case(changes).told(place))
+
+
+_MULTI = st.sampled_from((None, "zero1", "zero2", "zero3", "zero3-offload", "fsdp2", "fsdp2-qlora", "multi-node-ddp"))
+_ADAPTERS = st.sampled_from((
+    {}, {"method": "none"}, {"method": "dora"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq"},
+    {"loraplus_lr_ratio": 4.0}, {"use_rslora": True},
+))  # fmt: skip
+
+
+@hypothesis.settings(max_examples=60, suppress_health_check=[hypothesis.HealthCheck.filter_too_much])
+@hypothesis.given(
+    adapter=_ADAPTERS,
+    config=_MULTI,
+    processes=st.sampled_from((1, 2, 4)),
+    devices=st.sampled_from((1, 3, 4)),
+    batch=st.sampled_from((1, 4, 12)),
+    micro=st.sampled_from((None, 1, 2, 3)),
+    rest=st.fixed_dictionaries(
+        {},
+        optional={
+            "model.dtype": st.sampled_from(("float16", "bfloat16", "float32", "auto")),
+            "model.quantization": st.sampled_from(("nf4", "int8")),
+            "model.freeze": st.just(["embed_tokens"]),
+            "training.optim": st.sampled_from(("adamw_torch_fused", "adafactor")),
+            "training.activation_checkpointing": st.booleans(),
+            "data.packing": st.booleans(),
+            "data.on_long_row": st.sampled_from(("error", "truncate", "split")),
+        },
+    ),
+)
+def test_whatever_is_told_is_accepted_by_the_checks_before_a_launch(
+    place: Lab, adapter: Any, config: Any, processes: int, devices: int, batch: int, micro: Any, rest: Any
+) -> None:
+    training = {"training.global_batch_size": batch, "training.per_device_train_batch_size": micro}
+    case = Case({**rest, **training, "adapter": adapter, "launch.config": config}, processes, devices)
+    try:
+        lines = case.told(place)
+    except FinetuneError:
+        hypothesis.reject()  # such a recipe is not trained at all
+    assert lines
+    for line in lines:
+        case.start(place, *overrides(line))
 
 
 def test_only_a_lack_of_memory_is_called_one() -> None:
