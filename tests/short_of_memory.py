@@ -54,3 +54,26 @@ def train(argv: list[str]) -> int:
     from finetune.train import main as story
 
     return _with_shortage(story, argv)
+
+
+def _with_little_left(story: Any, argv: list[str]) -> int:
+    """On a host with LEFT bytes of memory left."""
+    from finetune.plan import hardware
+
+    hardware.memory_left = lambda: int(os.environ["LEFT"])
+    code: int = story(argv)
+    return code
+
+
+def little(argv: list[str]) -> int:
+    """By the command line."""
+    from finetune.cli.main import main as story
+
+    return _with_little_left(story, argv)
+
+
+def train_with_little(argv: list[str]) -> int:
+    """By the door of launchers."""
+    from finetune.train import main as story
+
+    return _with_little_left(story, argv)

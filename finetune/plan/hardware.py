@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +109,42 @@ def detect(device: str = "auto") -> Hardware:
             "or set launch.device=cpu"
         )
     return found or cpu()
+
+
+def memory_left() -> int | None:
+    """Bytes of the host's memory that processes can still take, swap included; None where the system does not tell.
+
+    The smallest of what Linux takes to be available and what the limits of this process's control groups (version 2)
+    leave. What the system can drop, as pages of files, counts as left.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        free, swap = 1024 * kib["MemAvailable"], 1024 * kib["SwapFree"]
+        path = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, KeyError, ValueError, IndexError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup", path.lstrip("/"))
+    return min([free + swap, *_left_in_groups([group, *group.parents], swap)])
+
+
+def _left_in_groups(folders: Sequence[Path], swap: int) -> Iterator[int]:
+    """What each group with a limit leaves.
+
+    Args:
+        folders: of control groups; one that has no such files is passed over.
+        swap: bytes of swap that the system has left.
+    """
+    for folder in folders:
+        try:
+            limit = int((folder / "memory.max").read_text())  # "max" where there is none
+            used = int((folder / "memory.current").read_text())
+            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            most = (folder / "memory.swap.max").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        droppable = int(facts.get("active_file", 0)) + int(facts.get("inactive_file", 0))
+        yield limit - used + droppable + (min(swap, int(most)) if most.isdigit() else swap)
 
 
 def compute_dtype(dtype: str, hardware: Hardware) -> str:
