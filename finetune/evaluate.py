@@ -137,7 +137,6 @@ def _answer(
     from finetune.model.fetch import fetch
     from finetune.model.folder import find
     from finetune.model.load import load_tokenizer, stop_ids
-    from finetune.model.stored import stored
     from finetune.model.tokenizer import as_trained, new_ids, refuse_other_ids
     from finetune.run.product import refuse_other_base
 
@@ -148,7 +147,7 @@ def _answer(
         find(product.base),
         revision,
         recipe.model.trust_remote_code,
-        look=lambda found: stored(found.name, found.config, model_options.quantization),
+        quantization=model_options.quantization,
     )
     known = Cache(recipe.data.cache_dir).file_hashes
     refuse_other_base(product, base.name, base.weights, base.folder, known)

@@ -84,14 +84,11 @@ def run(
     from finetune.data.cache import Cache
     from finetune.exports import EXPORTS
     from finetune.model.fetch import fetch
-    from finetune.model.stored import stored
     from finetune.model.tokenizer import as_trained
     from finetune.registry import resolve
 
     model = as_trained(recipe_model, product.facts)
-    base = fetch(
-        found, model.revision, model.trust_remote_code, look=lambda base: stored(base.name, base.config, "none")
-    )
+    base = fetch(found, model.revision, model.trust_remote_code, quantization="none")
     refuse_other_base(product, base.name, base.weights, base.folder, Cache(cache).file_hashes)
     tokenizer_from = product.adapter if (product.adapter / "tokenizer_config.json").is_file() else None
     named = (product.facts.get("base") or {}).get("name") or base.name  # as the recipe says it, not where it was found

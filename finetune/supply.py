@@ -51,7 +51,6 @@ def supply(loaded: LoadedRecipe, checked: Checked, process: Process) -> Supplies
     from finetune.data.vocabulary import load
     from finetune.model.fetch import fetch
     from finetune.model.load import load_tokenizer, stop_ids
-    from finetune.model.stored import stored
     from finetune.run.folder import read_json
 
     recipe, say = loaded.recipe, process.say
@@ -59,7 +58,8 @@ def supply(loaded: LoadedRecipe, checked: Checked, process: Process) -> Supplies
         checked.base,
         recipe.model.revision,
         recipe.model.trust_remote_code,
-        look=lambda found: stored(found.name, found.config, recipe.model.quantization, recipe.adapter.method),
+        quantization=recipe.model.quantization,
+        method=recipe.adapter.method,
     )
     tokenizer = load_tokenizer(recipe.model, base)
     added = (recipe.model.new_tokens, recipe.model.new_special_tokens)

@@ -26,6 +26,7 @@ class _Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         self.asked: set[str] = set()
+        self.listed: list[str] = []  # what was asked of the repository itself: revisions and trees
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -40,8 +41,10 @@ class _Answer(BaseHTTPRequestHandler):
         hub, commit, path = cast("_Hub", self.server), "1" * 40, self.path.partition("?")[0]
         headers = {"X-Repo-Commit": commit}
         if path.startswith("/api/models/org/name/revision/"):
+            hub.listed.append("revision")
             body = json.dumps({"id": "org/name", "sha": commit, "siblings": []}).encode()
         elif path.startswith("/api/models/org/name/tree/"):
+            hub.listed.append("tree")
             tree = [
                 {"type": "file", "path": name, "size": file.stat().st_size, "oid": _tag(name)}
                 for name, file in hub.files.items()
@@ -85,8 +88,7 @@ _FETCH = """
 import sys
 from finetune.model.fetch import fetch
 from finetune.model.folder import find
-from finetune.model.stored import stored
-base = fetch(find("org/name"), None, look=lambda base: stored(base.name, base.config, "none"))
+base = fetch(find("org/name"), None, quantization="none")
 print(*sorted(str(path.relative_to(base.folder)) for path in base.folder.rglob("*") if path.is_file()))
 """
 
@@ -110,6 +112,18 @@ def test_of_a_hub_what_transformers_reads_is_fetched_with_its_other_templates(hu
     assert names == hub.asked
     assert {"config.json", SINGLE, "additional_chat_templates/rag.jinja"} < names
     assert not {"original/config.json", "consolidated.safetensors"} & names
+
+
+def test_a_hub_is_asked_once_what_a_repository_holds_and_later_starts_ask_for_its_commit_alone(
+    hub: _Hub, tmp_path: Path
+) -> None:
+    first = fetched(hub, tmp_path / "home")
+    assert first.returncode == 0, first.stderr
+    assert hub.listed == ["revision", "tree"]
+    hub.listed.clear()
+    hub.asked.clear()
+    assert fetched(hub, tmp_path / "home").stdout == first.stdout
+    assert (hub.listed, hub.asked) == (["revision"], set())
 
 
 def test_a_base_in_a_format_that_is_refused_is_refused_before_its_weights_are_fetched(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from finetune.errors import EnvironmentFault, ModelError, RecipeError
 from finetune.files import disk_errors
 from finetune.model.folder import Base, check, find_config
+from finetune.model.stored import stored
 
 _CONFIG = ["config.json"]
 _WEIGHTS = ["*.safetensors"]
@@ -28,7 +28,8 @@ def fetch(
     revision: str | None,
     trust_remote_code: bool = False,
     weights: bool = True,
-    look: Callable[[Base], object] | None = None,
+    quantization: str | None = None,
+    method: str = "lora",
 ) -> Base:
     """`base` with a local folder: its own, or the hub cache's after a download.
 
@@ -37,14 +38,16 @@ def fetch(
         revision: branch, tag or commit.
         trust_remote_code: also fetch the repository's Python files.
         weights: also fetch the weights; a look at the data needs none.
-        look: is shown a hub's base with its config alone, before anything larger is fetched, and raises what is wrong
-            with it.
+        quantization: what is to be made of the weights, model.quantization; of a hub's base the config is compared with
+            it before anything larger is fetched. None where they are only looked at, or none are wanted.
+        method: adapter.method, compared alike; "none" trains the base itself.
 
     Raises:
         EnvironmentFault: the hub cannot be reached and the cache does not hold the model, or a download broke off.
         DiskError: the cache cannot be written.
         RecipeError: a revision of a local folder.
-        ModelError: no such model or revision, no access, or the download is not whole.
+        ModelError: no such model or revision, no access, the download is not whole, or its weights are stored in a
+            format that does not go with `quantization` or `method`.
     """
     if base.folder is not None:
         if revision is not None:
@@ -53,9 +56,9 @@ def fetch(
             )
         return base
     folder = _download(base.name, revision, _CONFIG)
-    commit = folder.name  # so that all of it is of one commit, whatever is pushed meanwhile
-    if look is not None and (folder / _CONFIG[0]).is_file():
-        look(replace(find_config(str(folder)), name=base.name))
+    commit = folder.name  # so that all of it is of one commit, and the hub is asked once what that is and holds
+    if quantization is not None and (folder / _CONFIG[0]).is_file():
+        stored(base.name, find_config(str(folder)).config, quantization, method)
     wanted = [*_WANTED, *(_WEIGHTS if weights else ()), *(("*.py",) if trust_remote_code else ())]
     _download(base.name, commit, _TEMPLATES)
     return check(base.name, _download(base.name, commit, wanted, _NOT_WANTED), weights)
