@@ -362,6 +362,42 @@ def test_a_file_is_hashed_once(cache: Cache, tmp_path: Path, hashed: list[Path])
     assert hashed == paths
 
 
+def test_the_index_is_read_once_for_all_files(
+    cache: Cache, tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [source_file(tmp_path, str(number), f"{number}.jsonl") for number in range(8)]
+    cache.file_hashes(paths)
+    read: list[Path] = []
+    real = module._remembered
+    monkeypatch.setattr(module, "_remembered", lambda index: read.append(index) or real(index))
+    cache.file_hashes(paths)
+    assert (len(read), len(hashed)) == (1, 8)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["by an error", "by a kill"])
+def test_what_was_hashed_is_remembered_when_a_start_is_cut_short(
+    cache: Cache, tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    paths = [source_file(tmp_path, str(number), f"{number}.jsonl") for number in range(4)]
+    count = module.sha256
+
+    def cut_short(path: Path) -> str:
+        if path == paths[3]:
+            if killed:  # nothing is written down any more
+                monkeypatch.setattr(Cache, "_remember", lambda *given: None)
+            raise KeyboardInterrupt
+        return count(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sha256", cut_short)
+        patch.setattr(module, "KEPT_SECONDS", 0.0 if killed else 60.0)
+        with pytest.raises(KeyboardInterrupt):
+            cache.file_hashes(paths)
+    assert hashed == paths[:3]
+    Cache(cache.root).file_hashes(paths)
+    assert hashed == paths
+
+
 def test_a_changed_file_is_hashed_again(cache: Cache, tmp_path: Path, hashed: list[Path]) -> None:
     path = source_file(tmp_path, "one")
     first = cache.file_hashes([path])

@@ -35,6 +35,7 @@ UNUSED_DAYS = 30.0
 DAY = 86_400.0
 # A file changed this many seconds ago can change again without its times showing it, where clocks tick coarsely.
 SETTLED_SECONDS = 2.0
+KEPT_SECONDS = 5.0  # after which hashes that were made are written down, however many are still to be made
 REMEMBERED = 100_000  # hashes of source files, at most
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -196,7 +197,8 @@ class Cache:
         """Hex SHA-256 of the content of each file.
 
         A hash is remembered with the file's size, inode and times of change, so that a second start reads nothing. A
-        file that changed within the last two seconds is not remembered: it could change again unseen.
+        file that changed within the last two seconds is not remembered: it could change again unseen. What has been
+        read is remembered every few seconds, so that a start that is cut short need not be made up for.
 
         Raises:
             DataError: a file cannot be read, or changes while it is.
@@ -204,30 +206,27 @@ class Cache:
         index = self.root / "sources.json"
         known = _remembered(index)
         new: dict[str, list[Any]] = {}
-        found = []
-        for path in paths:
-            try:
-                state = _state(path)
+        found, kept = [], time.monotonic()
+        try:
+            for path in paths:
                 name = os.path.realpath(path)
-                if (entry := known.get(name)) and entry[:-1] == state:
-                    found.append(str(entry[-1]))
-                    continue
-                digest = sha256(path)
-                if _state(path) != state:
-                    raise DataError(f"{path}: the file changes while it is read; run again once it is written")
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-            found.append(digest)
-            if time.time() - max(state[2], state[3]) / 1e9 > SETTLED_SECONDS:
-                new[name] = [*state, digest]
-        if new:
-            with contextlib.suppress(DiskError):  # a cache that may only be read: they are made anew each time
-                self._remember(index, new)
+                entry = _hashed(path, known.get(name))
+                found.append(str(entry[-1]))
+                if entry != known.get(name) and time.time() - max(entry[2], entry[3]) / 1e9 > SETTLED_SECONDS:
+                    new[name] = entry
+                if time.monotonic() - kept >= KEPT_SECONDS:
+                    self._remember(index, new)
+                    new, kept = {}, time.monotonic()
+        finally:
+            self._remember(index, new)
         return found
 
     def _remember(self, index: Path, new: dict[str, list[Any]]) -> None:
         """Add hashes to the index, the latest at its end; older ones go when there are too many."""
+        if not new:
+            return
         with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(DiskError))  # a cache that may only be read: made anew each time
             self._locked(stack, "sources")
             kept = {name: entry for name, entry in _remembered(index).items() if name not in new} | new
             lines = [f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in list(kept)[-REMEMBERED:]]
@@ -319,6 +318,24 @@ def _state(path: Path) -> list[int]:
     """
     found = os.stat(path)
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _hashed(path: Path, known: list[Any] | None) -> list[Any]:
+    """A file's state and the hash of its content, which is taken from what is known of it in that state.
+
+    Raises:
+        DataError: it cannot be read, or changes while it is.
+    """
+    try:
+        state = _state(path)
+        if known is not None and known[:-1] == state:
+            return known
+        digest = sha256(path)
+        if _state(path) != state:
+            raise DataError(f"{path}: the file changes while it is read; run again once it is written")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return [*state, digest]
 
 
 def _remembered(index: Path) -> dict[str, list[Any]]:

@@ -58,8 +58,8 @@ def base_hashes(
     if known is None:
         states = [(path, path.stat()) for path in there]
         return {path.name: _hash(path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in states}
-    try:  # one by one, so that what is read is remembered when the start is cut short
-        return {path.name: known([path])[0] for path in there}
+    try:
+        return dict(zip((path.name for path in there), known(there), strict=True))
     except DataError as error:
         raise ModelError(f"the base model: {error}") from error
 
