@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ class Checked:
     """What was found.
 
     Attributes:
+        base: of a hub its name alone, until it is fetched.
+        family: of the base, as far as that is known.
         adapter: the adapter section, with what an earlier adapter decides.
         earlier: the adapter that is trained further; None without one.
         finished: what the run reports that a launcher starts again although it has its product; None elsewhere.
@@ -111,6 +113,19 @@ def fits(recipe: Recipe, plain: Mapping[str, Any], mode: Mode, base: Base) -> Ea
     if spread := [f"{row.key}: {row.message()}" for row in refusals(facts, "launch")]:
         raise RecipeError("\n".join(spread))
     return read_earlier(recipe.adapter, recipe.model.name_or_path, recipe.model.quantization)
+
+
+def fetched(checked: Checked, family: str, base: Base) -> Checked:
+    """What was found, with the base as it was fetched: only then a hub's config is at hand, which tells the family.
+
+    Args:
+        checked: from `check`.
+        family: model.family.
+        base: the fetched base.
+    """
+    from finetune.families import match
+
+    return replace(checked, base=base, family=match(family, base.model_type))
 
 
 def needed(loaded: LoadedRecipe) -> tuple[Path, ...]:

@@ -31,7 +31,7 @@ from finetune.errors import (
 )
 from finetune.finish import finish
 from finetune.lean import hide, import_all, pause_collector
-from finetune.preflight import Checked, check
+from finetune.preflight import Checked, check, fetched
 from finetune.ready import Ready, begin, made_of, process_of
 from finetune.recipe.load import load_recipe
 from finetune.recipe.loaded import LoadedRecipe
@@ -178,6 +178,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
             if checked.finished is not None:
                 return _finished(checked, process, checked.finished)
         supplies = supply(loaded, checked, process)
+        checked = fetched(checked, recipe.model.family, supplies.base)
         ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
         _agree(loaded, checked, process, supplies)
         _see_room(loaded, checked, process, supplies)

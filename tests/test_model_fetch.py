@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import cast
 
 import pytest
 import zoo
+from tiny import Lab
 
 from finetune.model.folder import SINGLE
 
@@ -124,6 +126,20 @@ def test_a_hub_is_asked_once_what_a_repository_holds_and_later_starts_ask_for_it
     hub.asked.clear()
     assert fetched(hub, tmp_path / "home").stdout == first.stdout
     assert (hub.listed, hub.asked) == (["revision"], set())
+
+
+def test_a_base_of_a_hub_is_trained_as_its_family_says(lab: Lab) -> None:
+    place = Path(os.environ["HF_HOME"]) / "hub" / "models--org--a-llama"  # as it was downloaded earlier
+    shutil.copytree(lab / "llama3", place / "snapshots" / ("1" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("1" * 40)
+    changes = {"training.max_steps": 2, "adapter.lora_dropout": 0.0}
+    hub = lab.train({**changes, "model.name_or_path": "org/a-llama"}).ok()
+    folder = lab.train({**changes, "model.name_or_path": "llama3", "output_dir": "local"}).ok()
+    assert "no family file" not in hub.stderr
+    trains = [[line for line in told.stderr.splitlines() if line.startswith("trains")] for told in (hub, folder)]
+    assert trains[0] == trains[1]
+    assert lab.adapter() == lab.adapter("local")
 
 
 def test_a_base_in_a_format_that_is_refused_is_refused_before_its_weights_are_fetched(
