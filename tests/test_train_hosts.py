@@ -83,13 +83,28 @@ def _ip(*words: str) -> str:
     return done.stdout
 
 
+def _namespaces() -> list[str]:
+    return [line.split()[0] for line in _ip("netns", "list").splitlines() if line.strip()]
+
+
+def remove_leftovers() -> None:
+    """Remove what runs of these tests have left that were killed, told by the process that is named in it."""
+    for name in _namespaces():
+        owner = re.fullmatch(r"ft-(\d+)-[ab]", name)
+        if owner and not Path(f"/proc/{owner[1]}").exists():
+            with suppress(OSError):  # another run of the tests may be at it
+                Host(name, 0, "").kill()
+                _ip("netns", "delete", name)
+
+
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts; they are removed, with all that runs on them, whatever happens."""
     if not all(map(shutil.which, ("ip", "unshare"))):
         pytest.skip("two hosts need the commands ip and unshare")
-    key = f"{os.getpid() % 100000}"
-    first, second = (Host(f"ft{key}{end}", number, f"ft{key}{end}") for number, end in enumerate("ab"))
+    remove_leftovers()
+    pid = os.getpid()
+    first, second = (Host(f"ft-{pid}-{end}", number, f"ft{pid}{end}") for number, end in enumerate("ab"))
     with ExitStack() as stack:
         for host in (first, second):
             try:
@@ -167,6 +182,25 @@ def wait_for_checkpoint(lab: Lab, commands: list[Command]) -> None:
         assert all(command.process.poll() is None for command in commands), [c.output for c in commands]
         assert time.monotonic() < deadline, [c.output for c in commands]
         time.sleep(0.05)
+
+
+def test_hosts_of_a_run_that_was_killed_are_removed_and_those_of_one_that_lives_are_not(
+    hosts: tuple[Host, Host],
+) -> None:
+    with subprocess.Popen(["sleep", "600"]) as lives, subprocess.Popen(["true"]) as killed:
+        killed.wait()
+        names = [f"ft-{owner.pid}-{end}" for owner in (lives, killed) for end in "ab"]
+        with ExitStack() as stack:
+            stack.callback(lives.kill)
+            for name in names:
+                _ip("netns", "add", name)
+                stack.callback(lambda name=name: _ip("netns", "delete", name) if name in _namespaces() else "")
+            left = stack.enter_context(subprocess.Popen(["ip", "netns", "exec", names[2], "sleep", "600"]))
+            stack.callback(left.kill)
+            remove_leftovers()
+            assert left.wait(10) == -signal.SIGKILL
+            assert [name for name in names if name in _namespaces()] == names[:2]
+            assert {host.name for host in hosts} <= set(_namespaces())
 
 
 @pytest.mark.parametrize("config", ["multi-node-ddp", "multi-node-zero3"])
