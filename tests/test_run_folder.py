@@ -186,6 +186,14 @@ def test_a_new_run_removes_all_of_an_old_one_behind_a_link_too(run: RunFolder, t
     assert (tmp_path / "way").is_symlink() is linked
 
 
+def test_what_is_left_of_a_product_whose_writer_was_killed_goes_when_the_run_goes_on(run: RunFolder) -> None:
+    for name in (".adapter.x1.tmp", ".model.x1.tmp"):
+        (run.root / name).mkdir()
+        (run.root / name / "adapter_model.safetensors").write_text("half")
+    run.begin("model: x\n", {"recipe_hash": "abc"}, [], 2)
+    assert [path.name for path in run.root.iterdir() if path.name.endswith(".tmp")] == []
+
+
 def test_a_continued_run_keeps_checkpoints_and_metrics_up_to_its_step(run: RunFolder) -> None:
     kept = checkpoint(run, 2)
     run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')

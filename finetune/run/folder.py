@@ -137,6 +137,7 @@ class RunFolder:
             write_json(self.record, record)  # first, so that a folder is a run's from its first file on
             self.checkpoints.mkdir(exist_ok=True)
             self.clean_checkpoints()
+            self._clean_products()
             self.exit.unlink(missing_ok=True)
         self.cut_metrics(continued_from or 0)
         write_text(self.recipe, recipe)
@@ -253,6 +254,12 @@ class RunFolder:
         """Remove what a write left that was cut short."""
         for path in self.checkpoints.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _clean_products(self) -> None:
+        """Remove what an earlier start left of a product that it was writing when it was killed."""
+        for name in (self.adapter.name, self.model.name):
+            for path in self.root.glob(f".{name}.*.tmp"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def cut_metrics(self, step: int) -> None:
         """Drop metrics of steps after `step`: a resumed run walks them again."""
