@@ -15,7 +15,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.advice import advice
@@ -30,6 +29,7 @@ from finetune.errors import (
     StoppedError,
 )
 from finetune.finish import finish
+from finetune.join import as_rank_0_found, end_finished, join, remove_stale_locks
 from finetune.lean import hide, import_all, pause_collector
 from finetune.preflight import Checked, check, fetched
 from finetune.ready import Ready, begin, made_of, process_of
@@ -38,7 +38,6 @@ from finetune.recipe.loaded import LoadedRecipe
 from finetune.recipe.shipped import configs_folder
 
 if TYPE_CHECKING:
-    from finetune.ready import Process
     from finetune.run.checkpoint_saver import Saver
     from finetune.run.resume import ResumePoint
     from finetune.run.say import Say
@@ -156,16 +155,14 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     from finetune.assemble import assemble
     from finetune.run import ranks
     from finetune.run.ending import as_fault
-    from finetune.run.modes import compiles
     from finetune.run.restart import is_restart
-    from finetune.run.watch import GRACE
     from finetune.supply import supply
 
     recipe, mode = loaded.recipe, checked.mode
     process = process_of(recipe, mode, hardware)
     process.say("note", mode.note)
-    if mode.kind == "deepspeed" and process.launched.local_rank == 0:
-        _remove_stale_locks(process.say)
+    if mode.kind == "deepspeed":
+        remove_stale_locks(process)
     supplies: Supplies | None = None
 
     def explained(error: BaseException) -> BaseException:
@@ -173,17 +170,12 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
 
     try:
         if is_restart(os.environ):
-            ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
-            checked = _as_rank_0_found(checked, process)
+            checked = as_rank_0_found(checked, process, recipe.launch.timeout)
             if checked.finished is not None:
-                return _finished(checked, process, checked.finished)
+                return end_finished(checked, process, checked.finished)
         supplies = supply(loaded, checked, process)
         checked = fetched(checked, recipe.model.family, supplies.base)
-        ranks.start(process.launched, hardware.device, recipe.launch.timeout + GRACE, mode)
-        _agree(loaded, checked, process, supplies)
-        _see_room(loaded, checked, process, supplies)
-        if compiles(mode):
-            _compile_optimizer(process)
+        join(loaded, checked, process, supplies)
         return _run(assemble(loaded, checked, process, supplies), explained)
     except Exception as error:
         if (shown := explained(error)) is error:
@@ -191,78 +183,6 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
         raise shown from error
     finally:
         ranks.stop()
-
-
-def _as_rank_0_found(checked: Checked, process: Process) -> Checked:
-    """What a launcher's restart found in the run folder, on all ranks alike."""
-    from finetune.run import ranks
-
-    overwrite, finished = ranks.from_main(process.launched, lambda: (checked.overwrite, checked.finished))
-    return replace(checked, overwrite=overwrite, finished=finished)
-
-
-def _finished(checked: Checked, process: Process, facts: dict[str, Any]) -> dict[str, Any]:
-    """End, on all ranks alike, where a launcher has started a run again that has its product."""
-    from finetune.run.folder import read_json
-
-    folder = checked.folder
-    process.say("finished", f"the run in {folder.root}; its product is {facts['product']}, as its manifest says")
-    if not process.launched.is_main:
-        return {}
-    if read_json(folder.exit).get("exit_code") != ExitCode.OK:  # the process was killed that should have said so
-        folder.write_exit(ExitCode.OK, "finished", facts["steps"], facts)
-    return facts
-
-
-def _remove_stale_locks(say: Say) -> None:
-    """Let DeepSpeed not wait for compilations that were killed."""
-    from finetune.run.builds import extensions_folder, remove_stale_locks
-
-    for lock in remove_stale_locks(extensions_folder(os.environ)):
-        say("removed", f"{lock}, left by a compilation that was killed; DeepSpeed would wait for it for ever")
-
-
-def _compile_optimizer(process: Process) -> None:
-    """Have DeepSpeed's optimizer for CPUs compiled on every host, before all processes wait for it at once."""
-    from finetune.run.builds import compile_optimizer, extensions_folder
-    from finetune.run.wait import on_each_host_in_time
-
-    def long() -> None:
-        process.say("compiles", "DeepSpeed's optimizer for the CPU, once on each host, which takes minutes")
-
-    on_each_host_in_time(process.launched, lambda: compile_optimizer(extensions_folder(os.environ)), long)
-
-
-def _agree(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
-    """All processes must be about to train the same.
-
-    Raises:
-        RefusedError: with what differs, rank by rank.
-    """
-    from finetune.model.earlier import WEIGHTS
-    from finetune.run import ranks
-    from finetune.run.record import versions
-
-    held = {
-        "recipe": loaded.hash(),
-        "data": supplies.data.train.fingerprint,
-        "tokenizer": supplies.settings.vocabulary.hash,
-        "base": supplies.base.fingerprint(),
-        "seed": str(loaded.recipe.training.seed),
-        "mode": str(checked.mode),
-        **{f"version of {name}": version for name, version in versions().items()},
-    }
-    if checked.earlier is not None:
-        held["adapter that is continued"] = checked.earlier.hashes[WEIGHTS]
-    ranks.agree(process.launched, held)
-
-
-def _see_room(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
-    """Refuse to start on a host whose memory cannot take the base of each of its processes, before any loads it."""
-    from finetune.room import refuse_little_memory
-    from finetune.run.wait import on_each_host_in_time
-
-    on_each_host_in_time(process.launched, lambda: refuse_little_memory(loaded, checked, process, supplies))
 
 
 def _run(ready: Ready, explained: Callable[[BaseException], BaseException]) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""The processes of a run come together: one group, in which all know the same and are about to train the same."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ExitCode
+from finetune.preflight import Checked
+from finetune.ready import Process
+from finetune.recipe.loaded import LoadedRecipe
+
+if TYPE_CHECKING:
+    from finetune.run.modes import Mode
+    from finetune.supply import Supplies
+
+
+def join(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
+    """Form the group, compare what its processes hold, and have compiled what one process compiles for its host.
+
+    Raises:
+        HangError: not all processes came in time.
+        RefusedError: they would not train the same run.
+        HardwareError: a host has too little memory.
+    """
+    from finetune.run.modes import compiles
+
+    _form(process, loaded.recipe.launch.timeout, checked.mode)
+    _agree(loaded, checked, process, supplies)
+    _see_room(loaded, checked, process, supplies)
+    if compiles(checked.mode):
+        _compile_optimizer(process)
+
+
+def _form(process: Process, timeout: float, mode: Mode) -> None:
+    """The process group, where it is not formed already; operations wait longer in it than the watchdog does."""
+    from finetune.run import ranks
+    from finetune.run.watch import GRACE
+
+    ranks.start(process.launched, process.hardware.device, timeout + GRACE, mode)
+
+
+def as_rank_0_found(checked: Checked, process: Process, timeout: float) -> Checked:
+    """What a launcher's restart found in the run folder, on all ranks alike; the group is formed for that.
+
+    Raises:
+        HangError: not all processes came in time.
+    """
+    from finetune.run import ranks
+
+    _form(process, timeout, checked.mode)
+    overwrite, finished = ranks.from_main(process.launched, lambda: (checked.overwrite, checked.finished))
+    return replace(checked, overwrite=overwrite, finished=finished)
+
+
+def end_finished(checked: Checked, process: Process, facts: dict[str, Any]) -> dict[str, Any]:
+    """End, on all ranks alike, where a launcher has started a run again that has its product."""
+    from finetune.run.folder import read_json
+
+    folder = checked.folder
+    process.say("finished", f"the run in {folder.root}; its product is {facts['product']}, as its manifest says")
+    if not process.launched.is_main:
+        return {}
+    if read_json(folder.exit).get("exit_code") != ExitCode.OK:  # the process was killed that should have said so
+        folder.write_exit(ExitCode.OK, "finished", facts["steps"], facts)
+    return facts
+
+
+def remove_stale_locks(process: Process) -> None:
+    """Let DeepSpeed not wait for compilations that were killed."""
+    from finetune.run import builds
+
+    if process.launched.local_rank != 0:
+        return
+    for lock in builds.remove_stale_locks(builds.extensions_folder(os.environ)):
+        process.say("removed", f"{lock}, left by a compilation that was killed; DeepSpeed would wait for it for ever")
+
+
+def _compile_optimizer(process: Process) -> None:
+    """Have DeepSpeed's optimizer for CPUs compiled on every host, before all processes wait for it at once."""
+    from finetune.run.builds import compile_optimizer, extensions_folder
+    from finetune.run.wait import on_each_host_in_time
+
+    def long() -> None:
+        process.say("compiles", "DeepSpeed's optimizer for the CPU, once on each host, which takes minutes")
+
+    on_each_host_in_time(process.launched, lambda: compile_optimizer(extensions_folder(os.environ)), long)
+
+
+def _agree(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
+    """All processes must be about to train the same.
+
+    Raises:
+        RefusedError: with what differs, rank by rank.
+    """
+    from finetune.model.earlier import WEIGHTS
+    from finetune.run import ranks
+    from finetune.run.record import versions
+
+    held = {
+        "recipe": loaded.hash(),
+        "data": supplies.data.train.fingerprint,
+        "tokenizer": supplies.settings.vocabulary.hash,
+        "base": supplies.base.fingerprint(),
+        "seed": str(loaded.recipe.training.seed),
+        "mode": str(checked.mode),
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
+    if checked.earlier is not None:
+        held["adapter that is continued"] = checked.earlier.hashes[WEIGHTS]
+    ranks.agree(process.launched, held)
+
+
+def _see_room(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
+    """Refuse to start on a host whose memory cannot take the base of each of its processes, before any loads it."""
+    from finetune.room import refuse_little_memory
+    from finetune.run.wait import on_each_host_in_time
+
+    on_each_host_in_time(process.launched, lambda: refuse_little_memory(loaded, checked, process, supplies))
