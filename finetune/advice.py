@@ -1,9 +1,10 @@
-"""What to change in a recipe whose run was out of memory: only what the checks before a launch would accept."""
+"""What to change in a recipe whose run takes too much memory: only what the checks before a launch would accept."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError
 from finetune.preflight import Checked, fits
@@ -15,7 +16,7 @@ from finetune.recipe.shipped import configs_folder
 
 if TYPE_CHECKING:
     from finetune.model.folder import Base
-    from finetune.run.shortage import Remedy, Situation
+    from finetune.run.modes import Mode
     from finetune.supply import Supplies
 
 # Variables that only accelerate's launcher sets, from a configuration other than DDP's.
@@ -50,26 +51,42 @@ def advice(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: S
         trains_all=checked.adapter.method == "none",
     )
     told = remedies(recipe.model, recipe.data, recipe.training, recipe.launch, now)
-    return [remedy.text for remedy in told if _accepted(remedy, loaded, supplies.base, now)]
+    return [
+        remedy.text
+        for remedy in told
+        if accepted(remedy.changes, loaded, supplies.base, now.mode, now.shape.processes, device)
+    ]
 
 
-def _accepted(remedy: Remedy, loaded: LoadedRecipe, base: Base, now: Situation) -> bool:
-    """Whether a run of the recipe with these changes would be allowed to start."""
+def accepted(
+    changes: Mapping[str, Any], loaded: LoadedRecipe, base: Base, mode: Mode, processes: int, device: str
+) -> bool:
+    """Whether a run of the recipe with these changes would be allowed to start.
+
+    Args:
+        changes: dotted key to value.
+        loaded: the recipe.
+        base: its base, fetched.
+        mode: how its run is laid over its processes, unless `launch.config` is changed.
+        processes: how many there are, unless `launch.num_processes` is changed.
+        device: torch device type.
+    """
     from finetune.run.batch import batch_shape
     from finetune.run.builds import refuse_missing_tools
     from finetune.run.modes import compiles, mode_of, refuse
     from finetune.run.ranks import World, check_asked
 
-    plain = loaded.resolved(remedy.changes)
+    plain = loaded.resolved(changes)
     recipe = Check(plain, {}, {}, set(), Origin("file", str(loaded.path))).run()
     if recipe is None:
         return False
-    processes = int(remedy.changes.get("launch.num_processes", now.shape.processes))
+    processes = int(changes.get("launch.num_processes", processes))
     try:
-        mode = mode_of(recipe.launch, configs_folder(), {}) if "launch.config" in remedy.changes else now.mode
+        if "launch.config" in changes:
+            mode = mode_of(recipe.launch, configs_folder(), {})
         fits(recipe, plain, mode, base)
         check_asked(recipe.launch, World(0, 0, processes))
-        refuse(mode, recipe.model, recipe.training, batch_shape(recipe.training, processes), now.device)
+        refuse(mode, recipe.model, recipe.training, batch_shape(recipe.training, processes), device)
         if compiles(mode):
             refuse_missing_tools()
     except FinetuneError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from finetune.advice import accepted
 from finetune.errors import HardwareError
 from finetune.preflight import Checked
 from finetune.ready import Process
@@ -39,14 +40,20 @@ def refuse_little_memory(loaded: LoadedRecipe, checked: Checked, process: Proces
     if count > 1:
         each = f"each of the {count} processes of this host loads"
         advice.append(f"start at most {left // needed} on this host" if left >= needed else "")
+
+    def goes(key: str, value: str) -> bool:
+        device = process.hardware.device
+        return accepted({key: value}, loaded, base, checked.mode, process.shape.processes, device)
+
     if options.quantization == "none":
         held = dtypes(base)
         how = f"in {kept.base}, a copy of files in {held}"
         if loaded.recipe.adapter.method == "none":
-            advice.append("train an adapter (adapter.method: lora), whose base can stay in the dtype of its files")
-        elif held in ("bfloat16", "float16"):
+            if goes("adapter.method", "lora"):
+                advice.append("train an adapter (adapter.method: lora), whose base can stay in the dtype of its files")
+        elif held in ("bfloat16", "float16") and goes("model.dtype", held):
             advice.append(f"write model.dtype: {held}, in which the weights are mapped from their files")
-        if process.hardware.device == "cpu" and loaded.recipe.adapter.method != "none":
+        if process.hardware.device == "cpu" and goes("model.quantization", "nf4"):
             advice.append("write model.quantization: nf4")
     else:
         how = f"in {options.quantization}"

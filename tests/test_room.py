@@ -22,11 +22,11 @@ from finetune.recipe.sections import ModelOptions
 MIB = 2**20
 
 
-def halved(lab: Lab, name: str = "chatml") -> Path:
-    """A base whose files hold bfloat16."""
+def halved(lab: Lab, name: str = "chatml", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A base whose files hold bfloat16, or another dtype of 16 bits."""
     folder = lab.own_base(name)
     path = folder / "model.safetensors"
-    weights = {key: value.to(torch.bfloat16) for key, value in load_file(path).items()}
+    weights = {key: value.to(dtype) for key, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     return folder
 
@@ -95,6 +95,16 @@ def test_a_process_without_room_for_its_base_says_what_takes_less(
     assert "Traceback" not in refused.stderr
     assert not (lab / "run").exists()
     lab.train({**changes, "training.max_steps": 1}, entry="short_of_memory:little", env={"LEFT": str(needed)}).ok()
+
+
+def test_nothing_is_told_that_the_checks_before_a_launch_would_refuse(lab: Lab) -> None:
+    needed = 4 * parameters(halved(lab, dtype=torch.float16))
+    changes = {"launch.config": "zero2", "launch.num_processes": 2, "adapter.init_lora_weights": "pissa"}
+    refused = lab.warm.ranks(
+        2, lab.recipe(changes), cwd=lab.folder, entry="short_of_memory:train_with_little",
+        env={"LEFT": str(2 * needed - 1)},
+    )  # fmt: skip
+    assert "GB left; start at most 1 on this host; or take a host with more memory" in refused[0].stderr
 
 
 def test_ranks_of_a_host_need_room_for_all_of_them_and_all_say_the_same_code(lab: Lab) -> None:
