@@ -149,7 +149,7 @@ def test_every_argument_of_sftconfig_is_allowed_owned_or_refused() -> None:
 VALUES = {
     "adam_beta2": 0.5, "adam_epsilon": 1e-5, "dataloader_num_workers": 1, "neftune_noise_alpha": 5.0,
     "lr_scheduler_kwargs": {"num_cycles": 2}, "logging_first_step": False, "eval_delay": 1,
-    "debug": "underflow_overflow", "ignore_data_skip": True, "torch_empty_cache_steps": 3, "optim_args": "a=1",
+    "debug": "underflow_overflow", "torch_empty_cache_steps": 3, "optim_args": "a=1",
 }  # fmt: skip
 
 
@@ -189,6 +189,20 @@ def test_no_made_up_name_passes(extra: dict[str, int]) -> None:
         with pytest.raises(RecipeError, match="SFTConfig has no such argument") as caught:
             check_extra(extra)
         assert str(caught.value).count("SFTConfig has no such argument") == len(extra)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"ignore_data_skip": True},
+        {"enable_jit_checkpoint": True},
+        {"restore_callback_states_from_checkpoint": True},
+        {"dataloader_num_workers": 2, "dataloader_in_order": False},
+    ],
+)
+def test_what_would_make_a_run_that_is_continued_another_one_is_refused(extra: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"has no effect, or a wrong one, on this trainer's batches"):
+        arguments(extra=extra)
 
 
 @pytest.mark.parametrize("extra", [{"dataloader_prefetch_factor": 2}, {"lr_scheduler_kwargs": "{broken"}])

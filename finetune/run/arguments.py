@@ -22,13 +22,15 @@ from finetune.run.fsdp import fsdp_config
 from finetune.run.modes import Mode
 from finetune.run.zero import deepspeed_config
 
-# Arguments that the trainer, its batches and its loss do not read here, or under which they would be wrong.
+# Arguments that the trainer, its batches and its loss do not read here, or under which they would be wrong: rows that a
+# resume does not skip, or that workers hand over out of order, make a run that is continued another one.
 _WITHOUT_EFFECT = frozenset({
-    "average_tokens_across_devices", "batch_eval_metrics", "dataloader_drop_last", "disable_tqdm", "do_predict",
-    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "greater_is_better",
-    "hub_always_push", "hub_revision", "include_for_metrics", "label_names", "label_smoothing_factor",
-    "length_column_name", "liger_kernel_config", "log_on_each_node", "logging_nan_inf_filter", "loss_type",
-    "metric_for_best_model", "pad_to_multiple_of", "prediction_loss_only", "router_aux_loss_coef", "save_on_each_node",
+    "average_tokens_across_devices", "batch_eval_metrics", "dataloader_drop_last", "dataloader_in_order",
+    "disable_tqdm", "do_predict", "enable_jit_checkpoint", "eval_accumulation_steps", "eval_do_concat_batches",
+    "eval_use_gather_object", "greater_is_better", "hub_always_push", "hub_revision", "ignore_data_skip",
+    "include_for_metrics", "label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config",
+    "log_on_each_node", "logging_nan_inf_filter", "loss_type", "metric_for_best_model", "pad_to_multiple_of",
+    "prediction_loss_only", "restore_callback_states_from_checkpoint", "router_aux_loss_coef", "save_on_each_node",
     "save_only_model", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "train_sampling_strategy",
     "use_cache", "use_liger_kernel",
 })  # fmt: skip
