@@ -157,6 +157,17 @@ def test_a_run_that_goes_on_is_mirrored_from_where_it_was(box: None, folder: Pat
     assert [line[0] for line in kept(folder) if isinstance(line, list) and line[0] != "start"] == [1, 2, 3, 4, 5]
 
 
+def test_steps_that_are_walked_again_are_sent_again_however_late_the_sidecar_is(box: None, folder: Path) -> None:
+    assert mirror(folder, "trackerbox:Keeps", steps=5)[0].lines_sent == 5
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))  # continued from step 3
+    trackers = Trackers.start(TrackingOptions(trackers=("trackerbox:Keeps",)), folder)
+    write_steps(folder, range(4, 7))  # long before the sidecar's Python is up
+    assert trackers.finish() == [TrackerOutcome("trackerbox:Keeps", True, 6, 6, "")]
+    lines = [line[0] for line in kept(folder) if isinstance(line, list) and line[0] != "start"]
+    assert lines == [1, 2, 3, 4, 5, 4, 5, 6]
+
+
 def test_a_line_that_is_not_json_is_passed_by_and_told(box: None, folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\nnonsense\n{"step": 2, "loss": NaN}\n')
     (outcome,) = Trackers.start(TrackingOptions(trackers=("trackerbox:Keeps",)), folder).finish()

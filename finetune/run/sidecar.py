@@ -91,15 +91,15 @@ def kill_group(pid: int) -> None:
 class _Mirror:
     """The sidecar's work: follow metrics.jsonl and hand it to one tracker."""
 
-    def __init__(self, name: str, folder: Path, parent: int) -> None:
+    def __init__(self, name: str, folder: Path, parent: int, sent: int) -> None:
         self._folder = folder
         self._name = name
         self._parent = parent
         self._secrets = environment_secrets()
-        self._state = read_state(folder, name)
+        self._state = {"stage": "start", "lines_sent": sent, "error": ""}
         self._saved: dict[str, Any] = {}
         self._saving = threading.Lock()
-        self._sent = min(self._state["lines_sent"], count_lines(folder / METRICS))
+        self._sent = sent
         self._step = 0
 
     def run(self, project: str, run_name: str, mode: str) -> int:
@@ -197,10 +197,12 @@ def _main(argv: list[str] | None = None) -> int:
         parser.add_argument(option, required=True)
     parser.add_argument("--mode", choices=("offline", "online"), default="offline")
     parser.add_argument("--parent", type=int, default=os.getppid(), help="process id of the run; its death ends this")
+    parser.add_argument("--sent", type=int, default=0, help="lines of metrics.jsonl that the tracker has already")
     words = parser.parse_args(argv)
     no_telemetry()
     os.nice(10)  # training goes first
-    return _Mirror(words.tracker, Path(words.run), words.parent).run(words.project, words.run_name, words.mode)
+    mirror = _Mirror(words.tracker, Path(words.run), words.parent, words.sent)
+    return mirror.run(words.project, words.run_name, words.mode)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class Trackers:
         Args:
             options: which trackers, project, run name and mode.
             folder: the run folder, which exists; metrics.jsonl may not exist yet. When the run goes on from an
-                earlier one, mirroring goes on after the last line that was sent.
+                earlier one, its metrics are cut already, and mirroring goes on after the last line that was sent.
 
         Raises:
             DiskError: the run folder cannot be written.
@@ -179,11 +179,12 @@ class Trackers:
 def _launch(name: str, options: TrackingOptions, folder: Path, run_name: str) -> _Sidecar:
     """Start the sidecar of one tracker, in a session of its own so that Ctrl-C goes to the run alone."""
     place = folder / FOLDER
-    before = read_state(folder, name)["lines_sent"]
+    # Counted here, before the run appends a line: steps that are walked again are to be sent again.
+    before = min(read_state(folder, name)["lines_sent"], count_lines(folder / METRICS))
     write_json(state_path(folder, name), {"stage": "start", "lines_sent": before, "error": ""})
     words = [sys.executable, "-P", "-m", "finetune.run.sidecar", "--tracker", name, "--run", str(folder.absolute())]
     words += ["--project", options.project, "--run-name", run_name, "--mode", options.mode]
-    words += ["--parent", str(os.getpid())]
+    words += ["--parent", str(os.getpid()), "--sent", str(before)]
     # The sidecar finds what this process finds, a tracker of the user's included, however this process was started.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     no_telemetry(environment)
