@@ -57,7 +57,7 @@ def measure(variant: str, steps: int, rows_a_step: int) -> dict[str, Any]:
     )
     from finetune.run.arguments import BatchShape, trainer_arguments
     from finetune.run.folder import RunFolder
-    from finetune.run.trainer import RowCollator
+    from finetune.run.micro_batches import RowCollator
 
     model_options = ModelOptions(name_or_path=str(BASE))
     data_options = DataOptions.model_validate({"train": str(ROOT / "data" / "tickets" / "train.jsonl")})

@@ -74,7 +74,7 @@ def _model(
     with whole_weights_loaded(arguments):
         built = build(
             options, checked.adapter, base, checked.family, process.kept, attn.own, place, checked.earlier,
-            tuple(ids.values()), sharded=mode.kind == "fsdp",
+            tuple(ids.values()), sharded=mode.kind == "fsdp", spread=mode.spreads,
         )  # fmt: skip
     name_layers(built.model, checked.family, arguments)
     for topic, line in (
@@ -150,8 +150,8 @@ def _trainer(
     from finetune.data.feed import collator, packed, packing_facts
     from finetune.model.attention import attention_width, isolate
     from finetune.run.callbacks import AdapterMoves, BeforeFirstStep, MetricsFile, Progress
+    from finetune.run.micro_batches import RowCollator
     from finetune.run.ranks import SameWeights
-    from finetune.run.trainer import RowCollator
 
     data, say, options = supplies.data, process.say, loaded.recipe.data
     isolated = isolate(built.model, attn.inside, data.longest)

@@ -30,7 +30,8 @@ def refuse_little_memory(loaded: LoadedRecipe, checked: Checked, process: Proces
         return
     count = int(os.environ.get("LOCAL_WORLD_SIZE") or process.launched.size)
     in_host = process.hardware.device == "cpu" or (checked.mode.spreads and options.quantization == "none")
-    needed = copied_bytes(options, base, kept, in_host)
+    as_stored = checked.mode.spreads and loaded.recipe.adapter.method == "none"
+    needed = copied_bytes(options, base, kept, in_host, as_stored)
     if needed * count <= left:
         return
     needed = min(needed, most_bytes(options, base, kept))  # files may hold more than text needs

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 from tiny import Lab
 
 from finetune.errors import ExitCode
 from finetune.model.folder import check
-from finetune.model.load import Precision
+from finetune.model.load import Precision, load_base
 from finetune.model.memory import copied_bytes, dtypes, most_bytes
 from finetune.plan.hardware import _left_in_groups, memory_left
 from finetune.recipe.sections import ModelOptions
@@ -49,6 +50,22 @@ def test_only_weights_that_are_copied_count(lab: Lab) -> None:
     assert needed("bfloat16", "nf4", "nf4") == numbers // 2
     assert needed("bfloat16", "int8", "int8", in_host=False) == 0, "made on the device"
     assert dtypes(base) == "bfloat16"
+    whole = ModelOptions(name_or_path=str(folder))
+    kept = Precision(compute="bfloat16", base="float32")
+    assert copied_bytes(whole, base, kept, in_host=False, as_stored=True) == 0, "widened when they are laid down"
+
+
+def test_experts_that_files_hold_one_by_one_are_copied_into_one_weight(tmp_path: Path) -> None:
+    folder = zoo.folder(tmp_path / "moe", "moe", dtype=torch.bfloat16)
+    names = load_file(folder / "model.safetensors")
+    experts = sum(one.numel() for name, one in names.items() if ".experts." in name)
+    assert any(".experts.3." in name for name in names)
+    base, kept = check("moe", folder), Precision(compute="bfloat16", base="bfloat16")
+    options = ModelOptions(name_or_path=str(folder))
+    assert copied_bytes(options, base, kept, in_host=True) == 2 * experts
+    model = load_base(options, base, kept, "eager")
+    made = sum(one.numel() for name, one in model.named_parameters() if ".experts." in name)
+    assert made == experts
 
 
 def test_numbers_in_8_and_4_bits_count_as_what_they_become(lab: Lab) -> None:

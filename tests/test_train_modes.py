@@ -193,6 +193,39 @@ def test_all_modes_train_as_one_process_does(lab: Lab, changes: dict[str, Any], 
         assert_alike(lab, mode, rel)
 
 
+WHOLE = {"adapter": {"method": "none"}, "training.learning_rate": 1e-4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma2", "moe"])
+@pytest.mark.parametrize("freeze", [[], ["lm_head", "embed_tokens"]], ids=["all", "frozen head"])
+def test_a_base_of_16_bits_is_trained_whole_in_parts_as_in_one_process(lab: Lab, kind: str, freeze: list[str]) -> None:
+    """Its weights are widened as their parts are laid down, and what the model computed when it was built is not."""
+    zoo.folder(lab / "narrow", kind, vocab_size=2048, dtype=torch.bfloat16)
+    changes = {**WHOLE, "model.name_or_path": "narrow", **({"model.freeze": freeze} if freeze else {})}
+    alone(lab, changes)
+    for mode in ("zero3", "fsdp2"):
+        run(lab, mode, changes)
+        assert_alike(lab, mode, 1e-4 if kind == "moe" else 1e-6)
+        assert {one.dtype for one in product(lab, mode).values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_weights_are_multiplied_in_16_bits_in_every_mode(lab: Lab, dtype: torch.dtype) -> None:
+    """Products in float32, or an update that 16 bits do not see yet, would show in the second step's loss.
+
+    Weights that lie on the grid of bfloat16 move a step at a time there, so the last digits of an update decide more.
+    """
+    zoo.folder(lab / "narrow", "gemma2", vocab_size=2048, dtype=dtype)
+    changes = {**IN_16_BIT, **WHOLE, "model.name_or_path": "narrow"}
+    alone(lab, changes)
+    for mode in ("ddp", "zero2", "zero3", "fsdp2"):
+        run(lab, mode, changes)
+        assert lab.losses(mode)[:2] == pytest.approx(lab.losses("one")[:2], rel=1e-6)
+        assert lab.losses(mode) == pytest.approx(lab.losses("one"), rel=2e-3)
+
+
 def listed() -> ListedForCausalLM:
     """A model of experts in a list, of which each token is sent to one."""
     torch.manual_seed(1)

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from finetune.run.folder import RunFolder
-    from finetune.run.trainer import RowCollator, Schedule, Trainer
+    from finetune.run.micro_batches import RowCollator, Schedule
+    from finetune.run.trainer import Trainer
 
 
 def trainer(

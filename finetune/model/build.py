@@ -66,6 +66,7 @@ def build(
     earlier: Earlier | None = None,
     new_ids: Sequence[int] = (),
     sharded: bool = False,
+    spread: bool = False,
 ) -> Built:
     """Load the base and attach an adapter. Seed torch before calling.
 
@@ -80,11 +81,13 @@ def build(
         earlier: the adapter that is trained further; None for a fresh one.
         new_ids: numbers of the recipe's new tokens, which get rows of their own.
         sharded: whether FSDP will shard the weights.
+        spread: whether each process will hold a part of each weight; a base that is trained whole then stays in the
+            16 bits of its files until its parts are laid down, which widens them.
 
     Raises:
         ModelError: weights are missing, or the targets are not what the model has.
     """
-    model: Any = load_base(options, base, kept, attn, device, sharded)
+    model: Any = load_base(options, base, kept, attn, device, sharded, as_stored=spread and adapter.method == "none")
     give_rows(model, new_ids)
     found = places(model, family)
     held = quantised(model, options.quantization, kept.compute) if options.quantization != "none" else None

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from finetune.compat import flatten_8bit_inputs, fp8_blocks_of, keep_4bit_unpacked
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.families import match
+from finetune.model.as_stored import kept_as_stored, widen_buffers
 from finetune.model.attention import EAGER_UP_TO
 from finetune.model.auto import auto_class
 from finetune.model.folder import Base
@@ -153,6 +154,7 @@ def load_base(
     attn_implementation: str,
     device: torch.device | None = None,
     sharded: bool = False,
+    as_stored: bool = False,
 ) -> PreTrainedModel:
     """The base model in memory.
 
@@ -163,6 +165,7 @@ def load_base(
         attn_implementation: the model's own kernel, from `attention`.
         device: where to put the weights; None leaves them where the trainer moves them from.
         sharded: whether FSDP will shard them.
+        as_stored: whether weights of a float32 model stay in 16 bits where their files hold them so.
 
     Raises:
         ModelError: the weights cannot be loaded, or some are missing from the files.
@@ -190,7 +193,8 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=options.trust_remote_code)
         fp8 = held is not None and held.method == "fp8"
-        with fp8_blocks_of(facts_of(base.config) or {}) if fp8 else nullcontext():
+        blocks = fp8_blocks_of(facts_of(base.config) or {}) if fp8 else nullcontext()
+        with blocks, kept_as_stored() if as_stored else nullcontext():
             model, report = auto_class(config).from_pretrained(base.folder, **arguments)
     except NOT_LOADABLE as error:
         if isinstance(error, ImportError) and "flash" in str(error).lower():
@@ -202,6 +206,8 @@ def load_base(
     _refuse_missing(options.name_or_path, report)
     if held is not None and held.dequantised and dtype == torch.float32:
         model.float()  # transformers leaves some of it in the files' bfloat16, which no product takes beside float32
+    if as_stored:
+        widen_buffers(model)
     keep_4bit_unpacked(model)
     flatten_8bit_inputs(model)
     if "device_map" not in arguments and device is not None:

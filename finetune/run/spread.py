@@ -19,8 +19,10 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from finetune.errors import RefusedError
 from finetune.families.family import Family
 
+_NARROW = (torch.bfloat16, torch.float16)
 
-def partition(model: nn.Module, config: dict[str, Any]) -> None:
+
+def partition(model: nn.Module, config: dict[str, Any], widen: bool) -> None:
     """Lay the weights of a whole model over the processes as ZeRO-3 does, one by one, before anything moves it.
 
     Left to itself DeepSpeed would first move the whole model to each device.
@@ -28,10 +30,64 @@ def partition(model: nn.Module, config: dict[str, Any]) -> None:
     Args:
         model: the same on all processes; each of its weights is taken from rank 0.
         config: DeepSpeed's configuration, with nothing left open.
+        widen: whether 16-bit weights become float32, each just before its parts are laid down.
     """
     import deepspeed
 
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    def one_by_one(recurse: bool = True) -> Iterator[nn.Parameter]:
+        for parameter in type(model).parameters(model, recurse):
+            _widen(parameter)
+            yield parameter
+
+    if widen:
+        model.parameters = one_by_one  # what DeepSpeed asks for them
+    try:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    finally:
+        vars(model).pop("parameters", None)
+
+
+@contextmanager
+def widened_as_sharded(model: nn.Module) -> Iterator[None]:
+    """Have 16-bit weights become float32 as FSDP2 shards them, a layer at a time, inside the `with`.
+
+    accelerate would widen what is trained before, all of it at once on every process. So these weights seem frozen to
+    it until their layer is sharded.
+
+    Args:
+        model: the whole model, on all processes.
+    """
+    import accelerate.accelerator as accelerator
+    import torch.distributed.fsdp as fsdp
+
+    prepare, shard = accelerator.fsdp2_prepare_model, fsdp.fully_shard
+    trained: set[int] = set()
+
+    def prepared(*given: Any) -> Any:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype in _NARROW:
+                trained.add(id(parameter))
+                parameter.requires_grad_(False)
+        return prepare(*given)
+
+    def sharded(module: Any, **named: Any) -> Any:
+        for one in module if isinstance(module, list | tuple) else [module]:
+            for parameter in one.parameters():
+                if not isinstance(parameter, DTensor):
+                    _widen(parameter)
+                    parameter.requires_grad_(parameter.requires_grad or id(parameter) in trained)
+        return shard(module, **named)
+
+    accelerator.fsdp2_prepare_model, fsdp.fully_shard = prepared, sharded
+    try:
+        yield
+    finally:
+        accelerator.fsdp2_prepare_model, fsdp.fully_shard = prepare, shard
+
+
+def _widen(parameter: nn.Parameter) -> None:
+    if parameter.dtype in _NARROW:
+        parameter.data = parameter.data.float()
 
 
 @contextmanager

@@ -12,17 +12,16 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.data import Dataset as Indexed
+from torch.utils.data import DataLoader
 from transformers import TrainerControl, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
@@ -34,80 +33,11 @@ from finetune.run.checkpoint_kept import has_parts, restore_parts
 from finetune.run.checkpoint_saver import Saver
 from finetune.run.checkpoint_state import Numbers, restore_rng, restore_state, restore_weights
 from finetune.run.folder import RunFolder, read_json
-from finetune.run.loss import IGNORED, TrainedTokenLoss, trained_positions
+from finetune.run.loss import IGNORED, TrainedTokenLoss
+from finetune.run.micro_batches import Documents, MicroBatches, RowCollator, Schedule, StepLoader
 from finetune.run.resume import WHOLE
 from finetune.run.slots import Layout, layout_of
-from finetune.run.spread import partition
-
-
-class Schedule(Protocol):
-    """Rows and their order: see finetune.data.order.Schedule."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    def __len__(self) -> int: ...
-    def steps(self, batch: int) -> int: ...
-    def documents(self, units: Sequence[int]) -> list[dict[str, Any]]: ...
-    def micro_batches(self, epoch: int, rank: int, ranks: int, accumulation: int, most: int) -> Iterator[list[int]]: ...
-
-
-class _MicroBatches(Sampler[list[int]]):
-    """The unit numbers of each micro-batch of this process; every process has equally many."""
-
-    def __init__(self, schedule: Schedule, rank: int, ranks: int, accumulation: int, most: int) -> None:
-        self.schedule = schedule
-        self.shape = (rank, ranks, accumulation, most)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the training loop, also through what it wraps around this to skip batches."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        _, ranks, accumulation, most = self.shape
-        return self.schedule.steps(ranks * accumulation * most) * accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        yield from self.schedule.micro_batches(self.epoch, *self.shape)
-
-
-class _Documents(Indexed[dict[str, Any]]):
-    """Unit numbers become documents; a micro-batch without units has none."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def __len__(self) -> int:
-        return len(self.schedule)
-
-    def __getitems__(self, units: list[int]) -> list[dict[str, Any]]:
-        return self.schedule.documents(units)
-
-
-class _StepLoader(DataLoader[dict[str, Any]]):
-    """A loader whose epoch the training loop sets."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Orders the units anew."""
-        self.batch_sampler.set_epoch(epoch)
-
-
-class RowCollator:
-    """Batches documents: `collate` makes the tensors, this adds where the loss is and which rows are in it.
-
-    The positions are found here, on the CPU, because finding them on an accelerator would make the host wait.
-    """
-
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
-        self.collate = collate
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Adds to the batch: `positions` (N,), `targets` (N,), `origins` (a name per document), `tokens` (a count)."""
-        batch: dict[str, Any] = self.collate(rows)
-        batch["positions"], batch["targets"] = trained_positions(batch["labels"])
-        batch["origins"] = [f"{row['source']} row {row['row']}" for row in rows]
-        batch["tokens"] = sum(len(row["input_ids"]) for row in rows)
-        return batch
+from finetune.run.spread import partition, widened_as_sharded
 
 
 class Trainer(SFTTrainer):
@@ -199,6 +129,11 @@ class Trainer(SFTTrainer):
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         return bool(self.is_fsdp_enabled or (plugin and plugin.zero_stage == 3))
 
+    @property
+    def _trains_all(self) -> bool:
+        """Whether the base itself is trained, whose weights are float32, in whatever dtype they were mapped."""
+        return not hasattr(self.model, "peft_config")
+
     @contextlib.contextmanager
     def _attending_anywhere(self) -> Iterator[None]:
         """Weights that are yet to be spread lie in the host's memory, where kernels for accelerators do not run."""
@@ -214,10 +149,13 @@ class Trainer(SFTTrainer):
 
     def _spread(self) -> None:
         """Lay the weights over the processes now where DeepSpeed would otherwise move all of them to each device."""
+        if self.spreads:
+            # Autocast would keep a 16-bit copy of each trained weight until the whole forward pass has ended.
+            torch.set_autocast_cache_enabled(False)
         if self.is_deepspeed_enabled and self.spreads:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.hf_ds_config.trainer_config_finalize(self.args, self.model, 0)  # sizes of buckets
-            partition(self.model, plugin.hf_ds_config.config)
+            partition(self.model, plugin.hf_ds_config.config, self._trains_all)
         if self.is_fsdp_enabled:
             # Accelerate would have FSDP add up gradients in bfloat16. Autocast alone is what every other mode does.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -280,9 +218,9 @@ class Trainer(SFTTrainer):
         args = self.args
         most = args.per_device_train_batch_size
         shape = (args.process_index, args.world_size, args.gradient_accumulation_steps, most)
-        return _StepLoader(
-            _Documents(self._train),
-            batch_sampler=_MicroBatches(self._train, *shape),
+        return StepLoader(
+            Documents(self._train),
+            batch_sampler=MicroBatches(self._train, *shape),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -316,12 +254,20 @@ class Trainer(SFTTrainer):
         inputs.pop("labels")  # counted by the trainer already
         self._origins += inputs.pop("origins")
         positions, targets, tokens = inputs.pop("positions"), inputs.pop("targets"), inputs.pop("tokens")
-        total = self._loss(model, inputs, positions, targets)
+        with self._autocast():
+            total = self._loss(model, inputs, positions, targets)
         # DDP averages gradients over ranks, and the divisor counts the tokens of all ranks.
         loss = total / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
         self._micro_losses.append(loss.detach())
         self._seen += torch.tensor([tokens, targets.numel()], dtype=torch.float64)
         return loss
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Products in 16 bits under FSDP2; accelerate (1.15) gives autocast to every model but those that it shards."""
+        kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision)
+        if not self.is_fsdp_enabled or kind is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, kind)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Runs once per optimizer step, before the optimizer: the last moment to refuse a non-finite update."""
@@ -372,7 +318,7 @@ class Trainer(SFTTrainer):
             positions, targets = batch.pop("positions"), batch.pop("targets")
             for name in ("labels", "origins", "tokens"):
                 batch.pop(name)
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self._autocast():
                 total = self._loss(model, batch, positions, targets)
             sums += torch.tensor([total.item(), targets.numel()], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -447,7 +393,11 @@ class Trainer(SFTTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wraps model and optimizer; then the state is put back, which the stock trainer would read from pickles."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        widened = (
+            widened_as_sharded(self.model) if self.is_fsdp_enabled and self._trains_all else contextlib.nullcontext()
+        )
+        with widened:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         lay_out_buckets_once(self.model_wrapped)
         if self.is_sharded:
             _ = self.layout  # now: FSDP2 puts other parameters in place while it measures
