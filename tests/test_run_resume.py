@@ -321,5 +321,20 @@ def test_a_misspelt_name_is_refused_at_once(again: Lab) -> None:
 
 def test_the_rows_may_move_and_what_does_not_touch_the_weights_may_change(again: Lab, cut: Lab) -> None:
     (again / "train.jsonl").rename(again / "moved.jsonl")
-    again.train({**CHANGES, "data.train": "moved.jsonl", "training.logging_steps": 3, "training.save_steps": 2}).ok()
+    changes = {"data.train": "moved.jsonl", "training.logging_steps": 3, "training.save_steps": 1}
+    again.train({**CHANGES, **changes, "training.save_total_limit": 3}).ok()
     assert again.adapter() == cut.adapter("whole")
+    kept = {path.name for path in (again / "run/checkpoints").iterdir()}
+    assert kept == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
+    assert [line["step"] for line in again.metrics() if "loss" in line] == [*range(1, 10), 12]
+
+
+def test_a_run_that_goes_on_is_measured_as_often_as_its_recipe_now_says(lab: Lab) -> None:
+    rows = chats(24)
+    write_rows(lab / "train.jsonl", rows[:16])
+    write_rows(lab / "val.jsonl", rows[16:])
+    changes = {**CHANGES, "data.validation": "val.jsonl", "training.eval_steps": 6}
+    struck = lab.train(changes, entry="faults:main", env=_faults({"FAULT": "kill:1:.checkpoint-12.tmp"}))
+    assert struck.returncode == -9
+    lab.train({**changes, "training.eval_steps": 1}).ok()
+    assert [line["step"] for line in lab.metrics() if "eval_loss" in line] == [6, 9, 10, 11, 12]

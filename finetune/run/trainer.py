@@ -407,6 +407,7 @@ class Trainer(SFTTrainer):
 
     def _go_on(self, checkpoint: Path) -> None:
         self.saver.continues(self.state.global_step)
+        self.state.compute_steps(self.args, self.state.max_steps)  # when to save, log, measure: the recipe says, not it
         if self.is_sharded or has_parts(checkpoint):
             made = read_json(checkpoint / MANIFEST)["made_of"]["found"]
             same = (made["parallelism"], made["world_size"]) == (self.parallelism, self.args.world_size)
