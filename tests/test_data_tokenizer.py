@@ -158,7 +158,7 @@ BLANK_AND_DIGIT = (
 )
 
 
-@pytest.mark.parametrize("single", [None, True, False])
+@pytest.mark.parametrize("single", [None, *(pytest.param(one, marks=pytest.mark.slow) for one in (True, False))])
 def test_rewritten_pre_tokenizer_splits_the_same(real: Callable[[str], Vocabulary], single: bool | None) -> None:
     facts = json.loads(real("qwen3_6").backend or "")
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

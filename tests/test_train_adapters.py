@@ -124,7 +124,8 @@ def test_with_loraplus_b_learns_faster_and_the_run_resumes_to_the_same_bits(lab:
     assert losses[-1] < lab.losses("plain")[-1] - 0.05
 
 
-@pytest.mark.parametrize("mode", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
 def test_loraplus_is_the_same_where_weights_lie_in_parts(lab: Lab, mode: str) -> None:
     """In ZeRO-3 every weight looks one-dimensional, by which PEFT's own grouping would give A the rate of B."""
     one = {**FOUR, "adapter.loraplus_lr_ratio": 8.0, "training.learning_rate": 1e-3}
@@ -139,6 +140,7 @@ def test_loraplus_is_the_same_where_weights_lie_in_parts(lab: Lab, mode: str) ->
     assert lab.losses("parts") == pytest.approx(lab.losses(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_step_of_loraplus_is_as_many_times_larger(lab: Lab) -> None:
     """B starts at zero and the first step of Adam has the size of its learning rate, so that B shows the ratio."""
     import torch
