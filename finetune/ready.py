@@ -140,6 +140,7 @@ def made_of(ready: Ready) -> dict[str, Any]:
         "recipe": counting_keys(plain),
         "found": {
             "data.rows": data.train.fingerprint,
+            **data.train.states(),
             "data.validation_rows": data.validation.fingerprint if data.validation else None,
             "template": data.encoding.get("template_sha256"),
             "tokenizer": data.encoding.get("tokenizer_sha256"),

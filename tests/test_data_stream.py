@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 import tracemalloc
@@ -307,6 +308,24 @@ def test_a_stream_says_what_its_figures_are_of(tokenizer: PreTrainedTokenizerBas
     assert fed(of(tokenizer, "a.jsonl", "b.jsonl"), 3, 8).train.fingerprint != before
 
 
+def test_rows_beyond_the_head_that_change_are_told_and_files_that_move_are_not(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    rows = chats(300)
+    write_rows(Path("a.jsonl"), rows)
+    before = fed(of(tokenizer, "a.jsonl"), 3, 8).train
+    fingerprint, states = before.fingerprint, before.states()
+    Path("a.jsonl").rename("b.jsonl")
+    moved = fed(of(tokenizer, "b.jsonl"), 3, 8).train
+    assert (moved.fingerprint, moved.states()) == (fingerprint, states)
+    write_rows(Path("b.jsonl"), [*rows[:280], *reversed(rows[280:])])
+    os.utime("b.jsonl", (time.time() + 60,) * 2)  # as a change a minute later has it
+    changed = fed(of(tokenizer, "b.jsonl"), 3, 8).train
+    assert changed.fingerprint == fingerprint  # as many bytes, and the same head
+    assert changed.states() != states
+    assert list(changed.states()) == ["data.train[0].state"]
+
+
 # -- recipes -------------------------------------------------------------------------------------------------------
 
 
@@ -413,6 +432,12 @@ def test_a_row_that_is_met_late_ends_a_streamed_run_with_its_place(lab: Lab) -> 
     assert ended["exit_code"] == 3
     assert "train.jsonl:301" in ended["reason"]
     assert 0 < ended["step"] < 100
+    write_rows(lab / "train.jsonl", [*chats(299), {"messages": []}, *chats(300)[299:]])
+    os.utime(lab / "train.jsonl", (time.time() + 60,) * 2)
+    again = lab.train({"data.streaming": True, "training.max_steps": 100})
+    assert again.returncode == 5
+    assert "data.train[0].state: " in again.stderr
+    assert "data.rows: " not in again.stderr
 
 
 def test_two_processes_train_a_streamed_run_as_one_does(tmp_path: Path, bases: Path, warm: Warm) -> None:

@@ -42,6 +42,12 @@ class Prepared:
         """SHA-256 over the rows in order; equal fingerprints mean equal training data."""
         return self.rows.fingerprint
 
+    def states(self) -> dict[str, str]:
+        """What a run that goes on compares of each source beside the fingerprint, by a name; nothing where all rows
+        are in that.
+        """
+        return {}
+
     def facts(self) -> dict[str, object]:
         """Fingerprint and counts, for a manifest; `epoch` are the token rows of each source that an epoch holds."""
         parts = self.rows.parts

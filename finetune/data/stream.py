@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -150,13 +151,21 @@ class Head(Prepared):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the head and the sizes of all files: what can be known of the rows before they are read."""
+        """SHA-256 over the head and the sizes of all files: what can be known of the rows before they are read, and is
+        the same on every host, and wherever the files lie.
+        """
         digest = hashlib.sha256(self.rows.fingerprint.encode())
         for one in self.sources:
             where = locate(one.source)
             sizes = [file.path.stat().st_size for file in where.files] if isinstance(where, LocalFiles) else []
-            digest.update(json.dumps([one.source.path, sizes]).encode())
+            digest.update(json.dumps(sizes).encode())
         return digest.hexdigest()
+
+    def states(self) -> dict[str, str]:
+        """Of each source when its files changed last, or the revision of the hub's: rows beyond the head may be others
+        in files of the same sizes.
+        """
+        return {f"data.train[{number}].state": _state(one.source) for number, one in enumerate(self.sources)}
 
     def facts(self) -> dict[str, object]:
         """For a run's manifest; the counts are those of the head."""
@@ -263,6 +272,19 @@ def head(settings: Settings) -> Head:
     counts = (len(rows), rows.tokens, rows.trained_tokens)
     notes = date_note(sources, settings)
     return Head(rows, DataReport(reports, options.max_length, options.on_long_row, *counts, notes=notes), sources)
+
+
+def _state(source: Source) -> str:
+    """What can be known of all rows of a source without reading them.
+
+    Times are in whole seconds: a finer one is lost where a disk or a network keeps none.
+    """
+    where = locate(source)
+    if not isinstance(where, LocalFiles):
+        return f"{source.path}, split {source.split}, revision {source.revision or 'not pinned'}"
+    found = [(state.st_size, int(state.st_mtime)) for state in (file.path.stat() for file in where.files)]
+    last = datetime.fromtimestamp(max(changed for _, changed in found), UTC).isoformat(timespec="seconds")
+    return f"{hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]}, changed {last}"
 
 
 def _first(source: Source, maker: Maker, options: DataOptions) -> PreparedSource:
