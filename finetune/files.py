@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO
 from finetune.errors import DiskError, FinetuneError, RefusedError
 
 MANIFEST = "manifest.json"
+_DEFECTS = (errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOENT)  # of a write: no disk is to blame for these
 _NEARLY_FULL = 64 * 2**20  # bytes free below which torch's writer is taken to have failed for want of space
 
 
@@ -70,13 +71,21 @@ def _explained(path: Path, number: int | None, setting: str) -> DiskError | None
         return DiskError(f"{path}: the name is too long for this disk; choose a shorter {setting}")
     if number == errno.EIO:
         return DiskError(f"{path}: the disk reported an I/O error; check the disk")
-    return None
+    if number is None or number in _DEFECTS:
+        return None
+    # What disks of a network, and those that a program serves, fail with has many numbers.
+    return DiskError(
+        f"{path}: a write failed ({os.strerror(number)}); see that the disk is there and well, or choose another "
+        f"{setting}, then run the same command again"
+    )
 
 
 def _no_space(path: Path, setting: str) -> DiskError:
-    free = shutil.disk_usage(existing_parent(path)).free
+    left = ""
+    with contextlib.suppress(OSError):  # a disk that fails may not say this either
+        left = f" ({shutil.disk_usage(existing_parent(path)).free / 2**20:.0f} MiB free)"
     return DiskError(
-        f"{path}: no space left on the disk ({free / 2**20:.0f} MiB free); free some space or choose another "
+        f"{path}: no space left on the disk{left}; free some space or choose another "
         f"{setting}, then run the same command again"
     )
 

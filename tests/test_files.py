@@ -27,6 +27,10 @@ FAULTS = {
     errno.EACCES: "cannot write here",
     errno.EROFS: "cannot write here",
     errno.EIO: "I/O error",
+    errno.ESTALE: r"a write failed \(Stale file handle\)",
+    errno.ENOTCONN: "see that the disk is there",
+    errno.ETIMEDOUT: "see that the disk is there",
+    errno.EFBIG: r"a write failed \(File too large\)",
     errno.ENAMETOOLONG: "too long",
 }
 # Each step of an atomic write that can fail.

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from finetune.errors import EnvironmentFault, ModelError, RecipeError
+from finetune.errors import DiskError, EnvironmentFault, ModelError, RecipeError
 from finetune.files import disk_errors
 from finetune.model.folder import Base, check, find_config
 from finetune.model.stored import stored
@@ -85,12 +85,13 @@ def _download(name: str, revision: str | None, wanted: Sequence[str], unwanted: 
             f"model.name_or_path: cannot download {name}: {reason}; check the id, model.revision and HF_TOKEN"
         ) from error
     except Exception as error:
-        if not _broke_off(error):
+        cause = error.__cause__ if isinstance(error, DiskError) else error  # a network's errors have numbers, too
+        if not isinstance(cause, Exception) or not _broke_off(cause):
             raise
         raise EnvironmentFault(
-            f"model.name_or_path: the download of {name} broke off ({type(error).__name__}: {error}); run the "
+            f"model.name_or_path: the download of {name} broke off ({type(cause).__name__}: {cause}); run the "
             "same command again, which continues it"
-        ) from error
+        ) from cause
 
 
 def _broke_off(error: Exception) -> bool:
