@@ -39,6 +39,7 @@ from finetune.recipe.shipped import configs_folder
 
 if TYPE_CHECKING:
     from finetune.run.checkpoint_saver import Saver
+    from finetune.run.early import EarlyStop
     from finetune.run.resume import ResumePoint
     from finetune.run.say import Say
     from finetune.supply import Supplies
@@ -84,11 +85,14 @@ def run(
     Raises:
         FinetuneError: whatever the user can mend, with its exit code.
     """
+    from finetune.run.early import EarlyStop
     from finetune.run.launch import is_launched, told_to_launcher
     from finetune.run.modes import enter
+    from finetune.run.orphans import end_with_launcher
 
-    loaded = load_recipe(recipe_path, overrides)
-    with told_to_launcher():
+    end_with_launcher(os.environ)
+    with EarlyStop().listening() as early, told_to_launcher():
+        loaded = load_recipe(recipe_path, overrides)
         checked = check(loaded, overwrite, allow_drift)
         if "WORLD_SIZE" in os.environ:
             enter(checked.mode, os.environ)
@@ -96,7 +100,7 @@ def run(
             _start_lean(loaded, checked)
         facts = _launch(loaded, checked) if "WORLD_SIZE" not in os.environ else None
         if facts is None:
-            facts = _train(loaded, checked, own_process)
+            facts = _train(loaded, checked, own_process, early)
         if facts and not as_json and not is_launched():
             _say_done(facts)
     return facts
@@ -142,7 +146,7 @@ def _launch(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any] | None:
     raise HardwareError(f"the launcher ended with {code}, and no process said why; its messages stand above")
 
 
-def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[str, Any]:
+def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool, early: EarlyStop) -> dict[str, Any]:
     """One process of the run, from the data to the saved adapter."""
     from finetune.plan.hardware import detect
     from finetune.run.say import quieten
@@ -155,6 +159,7 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     from finetune.assemble import assemble
     from finetune.run import ranks
     from finetune.run.ending import as_fault
+    from finetune.run.launch import told_to_launcher
     from finetune.run.restart import is_restart
     from finetune.supply import supply
 
@@ -168,32 +173,34 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool) -> dict[st
     def explained(error: BaseException) -> BaseException:
         return as_fault(error, lambda: advice(loaded, checked, process, supplies) if supplies else ())
 
-    try:
-        if is_restart(os.environ):
-            checked = as_rank_0_found(checked, process, recipe.launch.timeout)
-            if checked.finished is not None:
-                return end_finished(checked, process, checked.finished)
-        supplies = supply(loaded, checked, process)
-        checked = fetched(checked, recipe.model.family, supplies.base)
-        join(loaded, checked, process, supplies)
-        return _run(assemble(loaded, checked, process, supplies), explained)
-    except Exception as error:
-        if (shown := explained(error)) is error:
-            raise
-        raise shown from error
-    finally:
-        ranks.stop()
+    # Told before the group is left, over which the others break down.
+    with ranks.left_afterwards(), told_to_launcher():
+        try:
+            if is_restart(os.environ):
+                checked = as_rank_0_found(checked, process, recipe.launch.timeout)
+                if checked.finished is not None:
+                    return end_finished(checked, process, checked.finished)
+            supplies = supply(loaded, checked, process)
+            checked = fetched(checked, recipe.model.family, supplies.base)
+            join(loaded, checked, process, supplies)
+            return _run(assemble(loaded, checked, process, supplies), explained, early)
+        except Exception as error:
+            if (shown := explained(error)) is error:
+                raise
+            raise shown from error
 
 
-def _run(ready: Ready, explained: Callable[[BaseException], BaseException]) -> dict[str, Any]:
+def _run(ready: Ready, explained: Callable[[BaseException], BaseException], early: EarlyStop) -> dict[str, Any]:
     """Train, save, prove; however it ends, exit.json says so.
 
     Args:
         ready: what training begins with.
         explained: the error a user is shown for what ended it.
+        early: what has listened for signals so far.
     """
     from finetune.run import ranks
     from finetune.run.ending import code_and_reason, with_blame
+    from finetune.run.pulse import Pulse
     from finetune.run.track import Trackers
 
     loaded, trainer, launched, say = ready.loaded, ready.trainer, ready.launched, ready.say
@@ -202,7 +209,9 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException]) -> d
     point = _going_on(ready, made)
     _arm(trainer.saver, loaded.recipe.training.on_save_error, made, point, say)
     _refuse_unread(loaded)
-    trackers = Trackers(folder.root, [])
+    trackers, pulse = Trackers(folder.root, []), Pulse(folder.root)
+    ready.stopper.listen()
+    early.over()
     if launched.is_main:
         begin(ready, made, point)
     started = time.monotonic()
@@ -210,8 +219,8 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException]) -> d
     together = False  # whether all ranks end alike, so that they can wait for rank 0's last words
     try:
         if launched.is_main:
+            pulse.start()
             trackers = Trackers.start(loaded.recipe.tracking, folder.root)
-        ready.stopper.listen()
         trainer.train(resume_from_checkpoint=point.checkpoint)
         step = trainer.state.global_step
         for number, line in enumerate(ready.data.closing()):
@@ -242,6 +251,7 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException]) -> d
         ready.stopper.restore()
         for outcome in trackers.finish():
             say("tracker", str(outcome))
+        pulse.stop()
         if together:
             with contextlib.suppress(RuntimeError):  # a rank that is gone must not hide why this one ends
                 ranks.meet(launched)

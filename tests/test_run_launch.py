@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import DataError, FinetuneError, HardwareError, RecipeError
+from finetune.errors import DataError, HangError, HardwareError, RecipeError
 from finetune.recipe.sections import LaunchOptions
 from finetune.run import launch
 from finetune.run.folder import read_json
@@ -79,22 +79,43 @@ def fail(error: BaseException) -> None:
         raise error
 
 
-def test_the_first_error_is_told_but_an_explained_one_before_others(
+def test_the_first_error_is_told_but_one_that_explains_more_before_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = tmp_path / "ended.json"
     monkeypatch.setenv(launch._REPORT, str(report))
     told = []
-    for error in (KeyError("lost"), ValueError("later"), DataError("row 3"), FinetuneError("last")):
+    errors = (KeyError("lost"), ValueError("later"), HangError("rank 1 is gone"), DataError("row 3"), RecipeError("no"))
+    for error in errors:
         with pytest.raises(type(error)):
             fail(error)
         told.append(read_json(report))
+    launch.tell_hang("rank 0 is behind")
+    told.append(read_json(report))
     assert told == [
         {"exit_code": 1, "reason": "KeyError: 'lost'"},
         {"exit_code": 1, "reason": "KeyError: 'lost'"},
+        {"exit_code": 77, "reason": "rank 1 is gone"},
+        {"exit_code": 3, "reason": "row 3"},
         {"exit_code": 3, "reason": "row 3"},
         {"exit_code": 3, "reason": "row 3"},
     ]
+
+
+def test_a_verdict_replaces_what_others_broke_down_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tmp_path / "ended.json"
+    monkeypatch.setenv(launch._REPORT, str(report))
+    with pytest.raises(HangError):
+        fail(HangError("connection closed"))
+    launch.tell_hang("rank 1 is stopped")
+    assert read_json(report) == {"exit_code": 77, "reason": "rank 1 is stopped"}
+
+
+def test_a_process_that_is_told_to_stop_tells_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch._REPORT, str(tmp_path / "ended.json"))
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt())
+    assert not (tmp_path / "ended.json").exists()
 
 
 def test_without_a_launcher_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

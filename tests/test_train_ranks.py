@@ -248,3 +248,36 @@ def test_ctrl_c_reaches_the_ranks_of_a_launched_run_and_the_command_continues_it
     assert f"the same command continues from checkpoint-{step}" in (lab / "said").read_text().splitlines()[-1]
     outcome = launched(lab, "-m", "finetune", "train", recipe).ok()
     assert f"from run/checkpoints/checkpoint-{step}" in outcome.stderr
+
+
+ONE_CANNOT_LOAD = """
+import os, sys, time
+import finetune.assemble
+from finetune.errors import ModelError
+from finetune.train import main
+
+whole = finetune.assemble.assemble
+
+def assemble(*given):
+    if os.environ["RANK"] == "1":
+        time.sleep(1)  # until rank 0 waits for it
+        raise ModelError("a file of the base is torn")
+    return whole(*given)
+
+finetune.assemble.assemble = assemble
+
+def start(argv):
+    return main(argv)
+"""
+
+
+def test_why_a_rank_fails_before_training_is_told_and_not_that_others_miss_it(lab: Lab) -> None:
+    (lab / "one_cannot_load.py").write_text(ONE_CANNOT_LOAD)
+    told = lab / "told.json"
+    env = {"FINETUNE_LAUNCH_REPORT": str(told), "PYTHONPATH": str(lab.folder)}
+    first, second = ranks(lab, {"launch.timeout": 20}, env=env, entry="one_cannot_load:start")
+    assert second.returncode == 5
+    assert first.returncode != 0
+    said = json.loads(told.read_text())
+    assert said["exit_code"] == 5
+    assert "a file of the base is torn" in said["reason"]

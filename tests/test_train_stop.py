@@ -161,11 +161,13 @@ def test_another_recipe_does_not_continue_a_stopped_run(lab: Lab) -> None:
     assert "training.learning_rate: 0.01 → 0.02" in outcome.stderr
 
 
-def test_a_signal_before_the_first_step_leaves_nothing(lab: Lab) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_before_the_first_step_leaves_nothing(lab: Lab, number: signal.Signals) -> None:
     child = lab.warm.start("train", lab.recipe(CHANGES), cwd=lab.folder)
     child.wait_for("data     ")
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     outcome = child.wait(30)
-    assert outcome.returncode == 130
+    assert outcome.returncode == 75
+    assert "stopped on request before the first step; nothing was trained by this start" in outcome.stderr
     assert "Traceback" not in outcome.stderr
     assert not (lab / "run").exists()

@@ -22,8 +22,10 @@ from finetune.files import write_json
 from finetune.recipe.sections import LaunchOptions
 from finetune.run.folder import read_json
 from finetune.run.modes import config_file, machines_of
+from finetune.run.orphans import ADOPTER, adopted, adopting, end_adopted, workers_below
 
 _REPORT = "FINETUNE_LAUNCH_REPORT"  # names the file in which a process of the run says why it failed
+_STOPPED = "stopped on request while no process of the run trained; the same command begins the run, or goes on with it"
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class Launch:
     Attributes:
         command: the words, ready for subprocess.
         environment: variables to add.
+        patience: seconds in which its processes must have saved and ended once the launcher is gone.
     """
 
     command: tuple[str, ...]
     environment: dict[str, str]
+    patience: float = 600.0
 
     def __str__(self) -> str:
         """The command as one would type it."""
@@ -81,7 +85,7 @@ def plan_launch(options: LaunchOptions, count: int, device: str, configs: Path, 
     command += ["-m", "finetune.train", *arguments]
     threads = max(1, (os.cpu_count() or 1) // count)
     # Left to itself the launcher gives every process one thread; ACCELERATE_USE_CPU would switch off DeepSpeed.
-    return Launch(tuple(command), {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
+    return Launch(tuple(command), {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}, options.timeout)
 
 
 def is_launched() -> bool:
@@ -94,25 +98,31 @@ def told_to_launcher() -> Iterator[None]:
     """Pass on why the block failed to the `finetune train` that started the launcher, which loses exit codes.
 
     The first process to fail is believed, but an error explained to the user before one that is not: when a process
-    ends, the others break down over its silence.
+    ends, the others break down over its silence, which for that is believed least of what is explained. A process that
+    is told to stop says nothing: the launcher tells all that are left when one has failed.
     """
     try:
         yield
-    except BaseException as error:
-        code = ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.FAILURE
-        told = {"exit_code": code, "reason": f"{type(error).__name__}: {error}"}
+    except Exception as error:
+        told = {"exit_code": ExitCode.FAILURE, "reason": f"{type(error).__name__}: {error}"}
         if isinstance(error, FinetuneError):
             told = {"exit_code": error.exit_code, "reason": str(error)}
         if path := os.environ.get(_REPORT):
             before = read_json(Path(path)).get("exit_code")
-            if before is None or (before == ExitCode.FAILURE and isinstance(error, FinetuneError)):
+            if before is None or _weight(told["exit_code"]) > _weight(before):
                 write_json(Path(path), told)
         raise
 
 
+def _weight(code: Any) -> int:
+    """How much is known when a process ends with this exit code."""
+    return {ExitCode.FAILURE: 0, ExitCode.HANG: 1, ExitCode.STOPPED: 1}.get(code, 2)
+
+
 def tell_hang(reason: str) -> None:
-    """Pass a verdict of the watchdog on; it knows better than what the other processes broke down over."""
-    if path := os.environ.get(_REPORT):
+    """Pass a verdict of the watchdog on; it knows better than what the other processes broke down over, but not better
+    than an error that made one of them end."""
+    if (path := os.environ.get(_REPORT)) and _weight(read_json(Path(path)).get("exit_code", ExitCode.FAILURE)) < 2:
         write_json(Path(path), {"exit_code": ExitCode.HANG, "reason": reason})
 
 
@@ -122,54 +132,53 @@ def follow(launch: Launch) -> tuple[int, dict[str, Any]]:
     Returns:
         The launcher's exit code; and of a run that failed `exit_code` and `reason`, empty when no process told them.
     """
-    with tempfile.TemporaryDirectory(prefix="finetune-launch-") as place:
+    with tempfile.TemporaryDirectory(prefix="finetune-launch-") as place, adopting():
         report = Path(place) / "ended.json"
-        return _run(launch, {**os.environ, **launch.environment, _REPORT: str(report)}), read_json(report)
+        own = {_REPORT: str(report), ADOPTER: str(os.getpid())}
+        code, asked = _run(launch, {**os.environ, **launch.environment, **own})
+        told = read_json(report)
+    return code, ({"exit_code": ExitCode.STOPPED, "reason": _STOPPED} if asked and code and not told else told)
 
 
-def _run(launch: Launch, environment: dict[str, str]) -> int:
-    """Run the launcher to its end; its exit code."""
-    process = subprocess.Popen(launch.command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+def _run(launch: Launch, environment: dict[str, str]) -> tuple[int, bool]:
+    """Run the launcher to its end; its exit code, and whether a signal asked for that."""
+    process: subprocess.Popen[bytes] | None = None
+    received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for pid in _descendants(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        received.append(number)
+        if process is not None:
+            _tell(process.pid, number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return process.wait()
+        process = subprocess.Popen(launch.command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+        if received:  # while it was being started
+            _tell(process.pid, received[0])
+        code = process.wait()
+        end_adopted(launch.patience)
+        return code, bool(received)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _tell(launcher: int, number: int) -> None:
+    """Send a signal to the workers, not to the launcher, which would kill them before they could save; one that has not
+    started any is ended, since it would start them yet."""
+    workers = [*workers_below(launcher), *adopted(launcher)]
+    for pid, sent in [(pid, number) for pid in workers] or [(launcher, signal.SIGTERM)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, sent)
 
 
 def _die_with_parent() -> None:
     """Linux: the launcher gets SIGTERM when this process dies, however it dies, so that no worker outlives it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def _descendants(pid: int) -> list[int]:
-    """The workers below the launcher. The launcher itself is left alone: it would kill them before they could save.
-
-    Nor are trackers among them: they end when the run has ended.
-    """
-    found = []
-    for list_ in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread, or the process, is gone meanwhile
-            for child in list_.read_text().split():
-                found += _with_descendants(int(child))
-    return found
-
-
-def _with_descendants(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        if b"finetune.run.sidecar" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return [pid, *_descendants(pid)]
-    return []
 
 
 def _config_name(device: str) -> str:

@@ -8,9 +8,10 @@ and the trained weights after it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -101,6 +102,15 @@ def start(launched: World, device: str, timeout: float, mode: Mode) -> None:
         if device == "cpu":
             without_shared_memory_op()
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=allowed)
+
+
+@contextlib.contextmanager
+def left_afterwards() -> Iterator[None]:
+    """Leave the process group, if there is one, when the block has ended."""
+    try:
+        yield
+    finally:
+        stop()
 
 
 def stop() -> None:
