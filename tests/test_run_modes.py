@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate import DeepSpeedPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -385,3 +386,43 @@ def test_entering_a_mode_clears_the_variable_that_would_leave_deepspeed_out(conf
     plain = {"ACCELERATE_USE_CPU": "true"}
     enter(Mode(), plain)
     assert plain == {"ACCELERATE_USE_CPU": "true"}
+
+
+def test_what_a_launcher_says_of_deepspeed_is_not_left_beside_the_whole_configuration(
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.yaml"
+    given = {"zero_stage": 2, "offload_optimizer_device": "cpu", "gradient_accumulation_steps": 4}
+    head = {"num_machines": 1, "num_processes": 2, "mixed_precision": "no"}
+    own.write_text(yaml.safe_dump({**head, "distributed_type": "DEEPSPEED", "deepspeed_config": given}))
+    variables = launched(own)
+    mode = mode_of(LaunchOptions(), configs, variables)
+    assert (mode.stage, mode.offloads) == (2, ("optimizer",))
+    settings = deepspeed_config(mode.settings, TRAINING, SHAPE, "float32")
+    monkeypatch.setattr("os.environ", variables)
+    with pytest.raises(ValueError, match="will be ignored"):
+        DeepSpeedPlugin(hf_ds_config=settings)
+    enter(mode, variables)
+    assert DeepSpeedPlugin(hf_ds_config=settings).deepspeed_config["gradient_accumulation_steps"] == 4
+
+
+@pytest.mark.parametrize(("given", "named"), [("cpu", "zero3"), ("single", "zero3"), ("cpu", "fsdp2")])
+def test_a_launcher_with_a_file_for_ddp_does_not_start_what_the_recipe_names(
+    configs: Path, given: str, named: str
+) -> None:
+    variables = {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert set(variables) <= set(launched(configs / "accelerate" / f"{given}.yaml"))
+    assert mode_of(LaunchOptions(config="ddp"), configs, variables) == shipped(configs, "ddp")
+    with pytest.raises(
+        RecipeError, match=rf"the recipe says {named} \(.*\) and the launcher was given another .*\(DDP"
+    ):
+        mode_of(LaunchOptions(config=named), configs, variables)
+    with_torchrun = {"ACCELERATE_MIXED_PRECISION": "no"}
+    assert mode_of(LaunchOptions(config=named), configs, with_torchrun) == shipped(configs, named)
+
+
+@pytest.mark.parametrize(("name", "value"), [("gradient_predivide_factor", 7), ("prescale_gradients", True)])
+def test_a_value_over_which_zero_breaks_off_is_refused(name: str, value: Any) -> None:
+    mode = Mode("deepspeed", "own.json", {"zero_optimization": {"stage": 2}, name: value})
+    (fault,) = faults(mode, MODEL, TRAINING, SHAPE, "cuda")
+    assert fault.startswith(f"own.json: {name}: ZeRO takes no other than ")

@@ -359,3 +359,29 @@ def test_each_launcher_starts_weights_in_parts(lab: Lab, root: Path, launcher: s
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((lab / "zero3/run.json").read_text())["world_size"] == 2
     assert_alike(lab, "zero3", 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "finetune"])
+def test_deepspeed_values_without_a_file_of_its_own_start(lab: Lab, launcher: str) -> None:
+    """As `accelerate config` writes them."""
+    (lab / "inline.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 2\n"
+        "deepspeed_config: {zero_stage: 2, gradient_accumulation_steps: 1, offload_optimizer_device: none, "
+        "zero3_init_flag: false}\n"
+    )
+    write_rows(lab / "many.jsonl", chats(4))
+    recipe = lab.recipe({**SETTINGS, "training.max_steps": 2})
+    words = {
+        "accelerate": [
+            "-m", "accelerate.commands.launch", "--config_file", "inline.yaml", "--main_process_port", str(free_port()),
+            "-m", "finetune.train", recipe,
+        ],
+        "finetune": ["-m", "finetune", "train", recipe, "launch.config=inline.yaml", "launch.num_processes=2"],
+    }[launcher]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words], cwd=lab.folder, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ZeRO-2" in json.loads((lab / "run/run.json").read_text())["made_of"]["found"]["parallelism"]
+    assert len(lab.losses()) == 2

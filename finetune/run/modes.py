@@ -20,6 +20,8 @@ from finetune.recipe.sections import LaunchOptions, ModelOptions, TrainingOption
 from finetune.registry import nearest
 from finetune.run import fsdp, zero
 from finetune.run.batch import BatchShape
+from finetune.run.launcher_file import read_yaml
+from finetune.run.launcher_keys import file_faults, kind_of, variable_faults
 from finetune.run.launcher_values import is_yes, whole
 
 
@@ -107,10 +109,11 @@ def mode_of(options: LaunchOptions, configs: Path, environment: Mapping[str, str
     if options.config is None:
         return started
     named = read_mode(config_file(options.config, configs), configs)
-    if started.kind != "ddp" and not _agree(started, named):
+    if (started.kind != "ddp" or by_accelerate(environment)) and not _agree(started, named):
+        told = ", ".join(filter(None, [str(started), started.source]))
         raise RecipeError(
             f"launch.config: the recipe says {options.config} ({named}) and the launcher was given another "
-            f"configuration ({started}, {started.source}); give it the same file, or remove the key"
+            f"configuration ({told}); give it the same file, or remove the key"
         )
     return named
 
@@ -125,19 +128,22 @@ def read_mode(path: Path, configs: Path) -> Mode:
     """The mode that an accelerate configuration file asks for.
 
     Raises:
-        RecipeError: it, or the DeepSpeed configuration that it names, cannot be read, or a value there is of no kind
-            that accelerate or DeepSpeed takes.
+        RecipeError: it, or the DeepSpeed configuration that it names, cannot be read, holds a key that nothing reads,
+            or a value there is of no kind that accelerate or DeepSpeed takes.
     """
     found = _read_yaml(path)
-    precision = str(found.get("mixed_precision", "no")).lower().replace("false", "no")
-    if found.get("distributed_type") == "DEEPSPEED":
+    if faults := file_faults(found, str(path)):
+        raise RecipeError("\n".join(faults))
+    precision = str(found.get("mixed_precision") or "no").lower()
+    kind = kind_of(found)
+    if kind == "DEEPSPEED":
         given = _section(found, "deepspeed_config", path)
         file = given.get("deepspeed_config_file")
         if file:
             return Mode("deepspeed", str(path), zero.read_file(str(file), path, configs), precision)
         settings = zero.read_inline(given, f"{path}: deepspeed_config")
         return Mode("deepspeed", str(path), settings, precision)
-    if found.get("distributed_type") == "FSDP":
+    if kind == "FSDP":
         settings = fsdp.read(_section(found, "fsdp_config", path), f"{path}: fsdp_config")
         return Mode("fsdp", str(path), settings, precision)
     return Mode("ddp", str(path), precision=precision)
@@ -161,7 +167,7 @@ def _section(found: Mapping[str, Any], name: str, path: Path) -> Mapping[str, An
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_yaml(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"launch.config: {path} cannot be read: {error}") from error
     if not isinstance(found, dict):
@@ -169,8 +175,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
+def by_accelerate(environment: Mapping[str, str]) -> bool:
+    """Whether accelerate's launcher started this process; torchrun and deepspeed leave the mode to the recipe."""
+    return "ACCELERATE_DYNAMO_MODE" in environment or "ACCELERATE_CONFIG_DS_FIELDS" in environment
+
+
 def _from_variables(environment: Mapping[str, str], configs: Path) -> Mode:
     """What accelerate's launcher, or a user in its place, has said."""
+    if faults := variable_faults(environment):
+        raise RecipeError("\n".join(faults))
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if is_yes(environment.get("ACCELERATE_USE_DEEPSPEED")):
         source, settings = zero.from_variables(environment, configs)
@@ -183,12 +196,15 @@ def _from_variables(environment: Mapping[str, str], configs: Path) -> Mode:
 def enter(mode: Mode, environment: MutableMapping[str, str]) -> None:
     """Set what accelerate and transformers read before they are given any argument.
 
-    ACCELERATE_USE_CPU would leave out DeepSpeed without a word; the trainer's own use_cpu does not.
+    ACCELERATE_USE_CPU would leave out DeepSpeed without a word; the trainer's own use_cpu does not. What a launcher
+    says of DeepSpeed in variables has been read, and accelerate refuses to have it beside the whole configuration.
     """
     if mode.kind != "ddp":
         environment.pop("ACCELERATE_USE_CPU", None)
     if mode.kind == "deepspeed":
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
+        for name in zero.INLINE:
+            environment.pop(name, None)
     if mode.kind == "fsdp":
         environment["ACCELERATE_USE_FSDP"] = "true"
         environment["FSDP_VERSION"] = "2"

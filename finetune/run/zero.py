@@ -13,6 +13,8 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.recipe.sections import TrainingOptions
 from finetune.run.batch import BatchShape
+from finetune.run.launcher_file import read_json
+from finetune.run.launcher_keys import deepspeed_faults
 from finetune.run.launcher_values import one_of, whole
 
 # Values of a DeepSpeed configuration that a recipe decides, with the key that does.
@@ -24,26 +26,32 @@ _DECIDED = {
     "optimizer": "training.optim and training.learning_rate",
     "scheduler": "training.lr_scheduler_type",
     "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
     "fp16": "model.dtype",
     "amp": "model.dtype",
     "torch_autocast": "model.dtype",
     "data_types": "model.dtype",
     "activation_checkpointing": "training.activation_checkpointing",
 }
+_USUAL = {"gradient_predivide_factor": 1.0, "prescale_gradients": False}  # ZeRO breaks off over any other value
 _DEVICES = ("none", "cpu", "nvme")  # where DeepSpeed can put what it takes off the GPU
 _ADAMW = ("adamw_torch", "adamw_torch_fused")  # accelerate 1.15 makes DeepSpeed's AdamW of these, Adam of most others
 _VARIABLES = {
     "stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
     "offload_optimizer": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
     "offload_param": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "gradient_clipping": "ACCELERATE_GRADIENT_CLIPPING",
 }
+INLINE = (*_VARIABLES.values(), "ACCELERATE_CONFIG_DS_FIELDS")
+"""The variables in which accelerate's launcher says what a DeepSpeed file would, and names what it says so."""
 
 
 def read_file(file: str, named_in: Path, configs: Path) -> dict[str, Any]:
     """A DeepSpeed configuration: from the working folder as accelerate looks for it, or one of those that come along.
 
     Raises:
-        RecipeError: it is not there, or no JSON object.
+        RecipeError: it is not there, is no JSON object, or holds a key that DeepSpeed does not read.
     """
     tried = [Path(file).expanduser(), named_in.parent / file, configs.parent / file]
     if file.startswith("configs/"):
@@ -52,7 +60,7 @@ def read_file(file: str, named_in: Path, configs: Path) -> dict[str, Any]:
     if path is None:
         raise RecipeError(f"{named_in}: deepspeed_config_file: {file} does not exist; name it by its full path")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: is no DeepSpeed configuration: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("zero_optimization"), dict):
@@ -64,6 +72,8 @@ def read_file(file: str, named_in: Path, configs: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise RecipeError(f'{where}: expected keys with values, as {{"device": "cpu"}}, not {value!r}')
         one_of(value.get("device", "none"), _DEVICES, f"{where}.device")
+    if faults := deepspeed_faults(found, str(path)):
+        raise RecipeError("\n".join(faults))
     return found
 
 
@@ -107,7 +117,7 @@ def from_variables(environment: Mapping[str, str], configs: Path) -> tuple[str, 
     for name in ("offload_optimizer", "offload_param"):
         given[f"{name}_device"] = value(_VARIABLES[name], "none")
     for name in ("gradient_accumulation_steps", "gradient_clipping"):
-        given[name] = value(f"ACCELERATE_{name.upper()}", "auto")
+        given[name] = value(_VARIABLES[name], "auto")
     return _VARIABLES["stage"], read_inline(given, "the launcher's variables")
 
 
@@ -132,6 +142,9 @@ def faults(settings: Mapping[str, Any], source: str, training: TrainingOptions, 
     zero = settings.get("zero_optimization", {})
     if zero.get("stage", 0) == 0:
         found.append(f"{source}: stage 0 shares nothing; remove launch.config, which is DDP")
+    for name, usual in _USUAL.items():
+        if settings.get(name, usual) != usual:
+            found.append(f"{source}: {name}: ZeRO takes no other than {json.dumps(usual)}; remove it")
     if zero.get("round_robin_gradients"):
         found.append(
             f"{source}: round_robin_gradients: DeepSpeed 0.19 then tells of other weights than lie there, and a "
