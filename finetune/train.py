@@ -200,7 +200,6 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException], earl
     """
     from finetune.run import ranks
     from finetune.run.ending import code_and_reason, with_blame
-    from finetune.run.pulse import Pulse
     from finetune.run.track import Trackers
 
     loaded, trainer, launched, say = ready.loaded, ready.trainer, ready.launched, ready.say
@@ -209,7 +208,7 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException], earl
     point = _going_on(ready, made)
     _arm(trainer.saver, loaded.recipe.training.on_save_error, made, point, say)
     _refuse_unread(loaded)
-    trackers, pulse = Trackers(folder.root, []), Pulse(folder.root)
+    trackers = Trackers(folder.root, [])
     ready.stopper.listen()
     early.over()
     if launched.is_main:
@@ -219,7 +218,6 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException], earl
     together = False  # whether all ranks end alike, so that they can wait for rank 0's last words
     try:
         if launched.is_main:
-            pulse.start()
             trackers = Trackers.start(loaded.recipe.tracking, folder.root)
         trainer.train(resume_from_checkpoint=point.checkpoint)
         step = trainer.state.global_step
@@ -251,7 +249,6 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException], earl
         ready.stopper.restore()
         for outcome in trackers.finish():
             say("tracker", str(outcome))
-        pulse.stop()
         if together:
             with contextlib.suppress(RuntimeError):  # a rank that is gone must not hide why this one ends
                 ranks.meet(launched)
