@@ -32,6 +32,7 @@ def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies:
 
     from finetune.model.load import attention
     from finetune.run.arguments import trainer_arguments
+    from finetune.run.callbacks import MetricsFile, Progress
     from finetune.run.ranks import prove_world
 
     recipe, launched, data = loaded.recipe, process.launched, supplies.data
@@ -47,13 +48,15 @@ def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies:
         raise ModelError(other)
     built = _model(loaded, checked, process, supplies, arguments, attn)
     stopper, watch = _guards(loaded, checked, launched)
-    trainer, packing = _trainer(loaded, checked, process, supplies, arguments, attn, built, [watch, stopper])
+    metrics = MetricsFile(checked.folder, recipe.training.on_save_error, partial(process.say, "warning"))
+    guards = [watch, metrics, Progress(), stopper]
+    trainer, packing = _trainer(loaded, checked, process, supplies, arguments, attn, built, guards)
     derived = derived_of(loaded, checked, built, process.kept, attn.own, arguments, launched)
     units = "sequences" if recipe.data.packing else "rows"
     process.say("steps", f"{process.shape.told(units)}; run folder {checked.folder.root}")
     return Ready(
-        loaded, checked, supplies.base, hashes, data, built, trainer, stopper, watch, derived, packing,
-        process.hardware, launched, process.say,
+        loaded, checked, supplies.base, hashes, data, built, trainer, stopper, watch, metrics, derived,
+        packing, process.hardware, launched, process.say,
     )  # fmt: skip
 
 
@@ -123,13 +126,14 @@ def _other_base(earlier: Earlier | None, base: Base, hashes: dict[str, str]) -> 
 def _guards(loaded: LoadedRecipe, checked: Checked, launched: World) -> tuple[StopSignal, Watch]:
     """What ends a run that is told to stop, and one that gets no further."""
     from finetune.run.callbacks import StopSignal
+    from finetune.run.ending import leave_word
     from finetune.run.launch import tell_hang
     from finetune.run.watch import Watch
 
     def hung(verdict: str, step: int) -> None:
         reason = f"{verdict}; stacks are in {checked.folder.hang}. The same command continues from the last checkpoint"
         if launched.is_main or not checked.folder.exit.exists():  # rank 0 may have said why it ended
-            checked.folder.write_exit(ExitCode.HANG, reason, step)
+            leave_word(checked.folder, ExitCode.HANG, reason, step)
         tell_hang(reason)
 
     return StopSignal(), Watch(launched, checked.folder.hang, loaded.recipe.launch.timeout, hung)
@@ -149,7 +153,7 @@ def _trainer(
     from finetune.data.collate import FlatCollator
     from finetune.data.feed import collator, packed, packing_facts
     from finetune.model.attention import attention_width, isolate
-    from finetune.run.callbacks import AdapterMoves, BeforeFirstStep, MetricsFile, Progress
+    from finetune.run.callbacks import AdapterMoves, BeforeFirstStep
     from finetune.run.micro_batches import RowCollator
     from finetune.run.ranks import SameWeights
 
@@ -165,8 +169,7 @@ def _trainer(
     packing = packing_facts(rows, options)
     say("packing", packed(packing, options.max_length))
     batches = RowCollator(collate)
-    watch, stopper = guards
-    watchers: list[Any] = [watch, MetricsFile(checked.folder), Progress(), stopper]
+    watchers = [*guards]
     if built.targets:
         watchers.append(AdapterMoves(partial(_untrained, built.first)))
     trainer: Trainer = checked.method.trainer(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from finetune.plan.hardware import Hardware
     from finetune.recipe.sections import Recipe
     from finetune.run.batch import BatchShape
-    from finetune.run.callbacks import StopSignal
+    from finetune.run.callbacks import MetricsFile, StopSignal
     from finetune.run.modes import Mode
     from finetune.run.ranks import World
     from finetune.run.resume import ResumePoint
@@ -83,6 +83,7 @@ class Ready:
         hashes: SHA-256 of its files, by name.
         trainer: with its callbacks.
         stopper, watch: the callbacks that end a run.
+        metrics: the one that writes metrics.jsonl.
         derived: what `auto` and unset keys became, from `derived_of`.
         packing: how full packed sequences are; None where nothing is packed beforehand.
     """
@@ -96,6 +97,7 @@ class Ready:
     trainer: Trainer
     stopper: StopSignal
     watch: Watch
+    metrics: MetricsFile
     derived: dict[str, Any]
     packing: dict[str, Any] | None
     hardware: Hardware

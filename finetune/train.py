@@ -199,7 +199,7 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException], earl
         early: what has listened for signals so far.
     """
     from finetune.run import ranks
-    from finetune.run.ending import code_and_reason, with_blame
+    from finetune.run.ending import code_and_reason, leave_word, with_blame
     from finetune.run.track import Trackers
 
     loaded, trainer, launched, say = ready.loaded, ready.trainer, ready.launched, ready.say
@@ -240,13 +240,14 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException], earl
         told = code_and_reason(shown)
         speaks = ready.watch.speaks() if isinstance(shown, HangError) else not together and ready.watch.confess(*told)
         if launched.is_main or (speaks and not folder.exit.exists()):  # rank 0 may be gone, or wait for this one
-            folder.write_exit(*told, trainer.state.global_step)
+            leave_word(folder, *told, trainer.state.global_step)
         if shown is error:
             raise
         raise shown from error
     finally:
         ready.watch.stop()
         ready.stopper.restore()
+        ready.metrics.settle()
         for outcome in trackers.finish():
             say("tracker", str(outcome))
         if together:

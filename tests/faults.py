@@ -113,6 +113,59 @@ def faulty(kind: str, at: int, below: str) -> Iterator[Fault]:
         del files.open  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def full(begins: str, ends: str) -> Iterator[None]:
+    """A disk that takes nothing into the run folder for a while.
+
+    Args:
+        begins: the end of a path; once that has got its name, the disk is full.
+        ends: part of a path; once that is to be made, there is room again. Without it there never is.
+    """
+    lacking = False
+    rename, opened_here, made, true = os.rename, os.open, os.mkdir, builtins.open
+
+    def refuse(path: object) -> None:
+        nonlocal lacking
+        text = os.fsdecode(os.fspath(path)) if not isinstance(path, int) else ""  # type: ignore[call-overload]
+        lacking = lacking and not (ends and ends in text)
+        if lacking and "run/" in os.path.abspath(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def renamed(old: Any, new: Any, **named: Any) -> None:
+        nonlocal lacking
+        rename(old, new, **named)
+        lacking = lacking or os.fspath(new).endswith(begins)
+
+    def opened(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if set(mode) & set("wxa"):
+            refuse(path)
+        return true(path, mode, *more, **named)
+
+    def created(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & os.O_CREAT:
+            refuse(path)
+        return opened_here(path, flags, *more, **named)
+
+    def folder(path: Any, *more: Any, **named: Any) -> None:
+        refuse(path)
+        made(path, *more, **named)
+
+    os.rename, os.open, os.mkdir, builtins.open = renamed, created, folder, opened
+    try:
+        yield
+    finally:
+        os.rename, os.open, os.mkdir, builtins.open = rename, opened_here, made, true
+
+
+def on_full_disk(argv: list[str]) -> int:
+    """The command line on a disk that is full between two names: FULL holds begins:ends."""
+    from finetune.cli.main import main as command_line
+
+    begins, ends = os.environ["FULL"].split(":")
+    with full(begins, ends):
+        return command_line(argv)
+
+
 def main(argv: list[str]) -> int:
     """The command line with the fault that FAULT names: kind:at:below."""
     from finetune.cli.main import main as command_line

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,31 @@ def test_a_full_disk_is_named(args: TrainingArguments, monkeypatch: pytest.Monke
     monkeypatch.setattr("builtins.open", fail)
     with pytest.raises(DiskError, match=r"metrics\.jsonl: no space left"):
         MetricsFile(RunFolder(tmp_path)).on_log(args, state(1), control(), logs={"loss": 1.0})
+
+
+def test_figures_that_the_disk_does_not_take_wait_for_room_where_the_recipe_says_so(
+    args: TrainingArguments, tmp_path: Path
+) -> None:
+    """The limit of this process on the size of files stands for the disk: a write is cut short, then the next fails."""
+    told: list[str] = []
+    watcher = MetricsFile(RunFolder(tmp_path), "continue", told.append)
+    watcher.on_log(args, state(1), control(), logs={"loss": 1.0})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 7, limit[1]))
+    try:
+        for step in (2, 3):
+            watcher.on_log(args, state(step), control(), logs={"loss": float(step)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size + 7
+    assert len(told) == 1
+    assert "a write failed" in told[0]
+    assert "kept in memory" in told[0]
+    watcher.settle()
+    assert len(told) == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 # -- progress ------------------------------------------------------------------------------------------------------

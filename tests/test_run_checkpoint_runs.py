@@ -227,6 +227,27 @@ def test_a_stopped_run_whose_last_save_fails_names_no_checkpoint_that_is_not_the
     assert "whose checkpoint could not be written; there is no checkpoint" in outcome.stderr
 
 
+@pytest.mark.parametrize("mode", ["stop", "continue"])
+def test_a_disk_that_takes_nothing_any_more_ends_no_run_that_may_go_on_and_hides_no_reason(lab: Lab, mode: str) -> None:
+    changes = {**LORA, "training.on_save_error": mode}
+    full = {**faults(""), "FULL": "checkpoint-4:" + (".checkpoint-12." if mode == "continue" else "")}
+    outcome = lab.train(changes, entry="faults:on_full_disk", env=full)
+    assert "Traceback" not in outcome.stderr
+    if mode == "stop":
+        assert outcome.returncode == 74
+        assert "error: run/metrics.jsonl: no space left" in outcome.stderr
+        assert "(checkpoint-4 is the newest)" in outcome.stderr
+        assert "nothing but these lines says how the run ended: run/exit.json: no space" in outcome.stderr
+        lab.train(changes).ok()
+    else:
+        outcome.ok()
+        assert outcome.stderr.count("Training goes on; its figures are kept in memory") == 1
+        assert names(lab) == ["checkpoint-4", "checkpoint-12"]
+    lab.train({**LORA, "output_dir": "whole"}).ok()
+    assert lab.losses() == lab.losses("whole")
+    assert lab.adapter() == lab.adapter("whole")
+
+
 # -- kill -9 at any instant ------------------------------------------------------------------------------------------
 
 MANY: dict[str, Any] = {**LORA, "training.max_steps": 60, "training.save_steps": 3, "training.save_total_limit": 2}

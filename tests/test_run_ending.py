@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from finetune.errors import DiskError, ExitCode
-from finetune.run.ending import as_fault, code_and_reason
+from finetune.run.ending import as_fault, code_and_reason, leave_word
+from finetune.run.folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,13 @@ def test_an_unexpected_error_stays_as_it_is() -> None:
     error = RuntimeError("something else")
     assert as_fault(error) is error
     assert code_and_reason(error) == (ExitCode.FAILURE, "RuntimeError: something else")
+
+
+def test_a_disk_that_does_not_take_the_reason_is_told_and_raises_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").touch()  # a file where a folder is needed
+    leave_word(RunFolder(tmp_path / "run"), ExitCode.NON_FINITE, "step 3: the loss is NaN", 3)
+    assert "says how the run ended" in capsys.readouterr().err
+    leave_word(RunFolder(tmp_path / "other"), ExitCode.NON_FINITE, "step 3: the loss is NaN", 3)
+    assert "the loss is NaN" in (tmp_path / "other/exit.json").read_text()

@@ -11,26 +11,46 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.errors import ModelError
+from finetune.errors import DiskError, ModelError
 from finetune.files import disk_errors
 from finetune.run.folder import RunFolder
 
 # Two optimizer steps with a learning rate above zero: the first moves lora_B off zero wherever a gradient arrives.
 STEPS_UNTIL_MOVED = 2
 
+LINE_END = b"\n"
+
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged figure to metrics.jsonl, on rank 0."""
+    """Appends every logged figure to metrics.jsonl, on rank 0.
 
-    def __init__(self, folder: RunFolder) -> None:
+    What the disk does not take ends the run, or waits in memory for room, as training.on_save_error says.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        on_error: Literal["stop", "continue"] = "stop",
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """
+        Args:
+            folder: the run's.
+            on_error: training.on_save_error.
+            tell: told what the user should know and nothing else says.
+        """
         self.folder = folder
+        self.on_error = on_error
+        self.tell = tell
+        self._waiting = b""  # what is yet to be written, which may begin in the midst of a line
+        self._told = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The last step is logged whatever logging_steps says: its loss is what a run reports as final."""
@@ -38,14 +58,40 @@ class MetricsFile(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """One line per log; figures that JSON cannot hold (NaN) become null."""
+        """One line per log; figures that JSON cannot hold (NaN) become null.
+
+        Raises:
+            DiskError: the line could not be written, and training.on_save_error says stop.
+        """
         if not state.is_world_process_zero:
             return
         logs = given.get("logs") or {}
         line = {"step": state.global_step, "time": round(time.time(), 3)}
         line.update({key: value if _is_json_number(value) else None for key, value in logs.items()})
-        with disk_errors(self.folder.metrics), open(self.folder.metrics, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        self._waiting += json.dumps(line).encode() + LINE_END
+        self._write()
+
+    def settle(self) -> None:
+        """The run ends, however it does: what waits is tried a last time, and told where it stays unwritten."""
+        if self._waiting and self.on_error == "continue":
+            self._write()
+            if self._waiting:
+                self.tell(f"{self.folder.metrics} lacks its last {self._waiting.count(LINE_END)} lines")
+
+    def _write(self) -> None:
+        try:
+            with disk_errors(self.folder.metrics), open(self.folder.metrics, "ab", buffering=0) as stream:
+                while self._waiting:
+                    self._waiting = self._waiting[stream.write(self._waiting) :]
+        except DiskError as error:
+            if self.on_error == "stop":
+                newest = next((f" ({path.name} is the newest)" for path in self.folder.newest_first()), "")
+                raise DiskError(f"{error}{newest}") from error
+            if not self._told:
+                self.tell(f"{error}. Training goes on; its figures are kept in memory and written once there is room")
+            self._told = True
+        else:
+            self._told = False
 
 
 def _is_json_number(value: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 
-from finetune.errors import ExitCode, FinetuneError, HangError, HardwareError, StoppedError
+from finetune.errors import DiskError, ExitCode, FinetuneError, HangError, HardwareError, StoppedError
+from finetune.run.folder import RunFolder
 from finetune.run.shortage import is_shortage
 
 # What gloo and NCCL say when a rank is gone or silent; neither has an error type of its own for it.
@@ -54,3 +56,18 @@ def code_and_reason(error: BaseException) -> tuple[int, str]:
     if isinstance(error, FinetuneError):
         return error.exit_code, str(error)
     return ExitCode.FAILURE, f"{type(error).__name__}: {error}"
+
+
+def leave_word(folder: RunFolder, code: int, reason: str, step: int) -> None:
+    """Have exit.json say why a run failed. A disk that does not take it is told, and never hides the reason itself.
+
+    Args:
+        folder: the run's.
+        code: the exit code.
+        reason: why, in words.
+        step: the last optimizer step made.
+    """
+    try:
+        folder.write_exit(code, reason, step)
+    except (DiskError, OSError) as error:
+        print(f"warning  nothing but these lines says how the run ended: {error}", file=sys.stderr, flush=True)

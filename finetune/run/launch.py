@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from finetune.errors import ExitCode, FinetuneError, HardwareError, RecipeError
+from finetune.errors import DiskError, ExitCode, FinetuneError, HardwareError, RecipeError
 from finetune.files import write_json
 from finetune.recipe.sections import LaunchOptions
 from finetune.run.folder import read_json
@@ -110,7 +110,8 @@ def told_to_launcher() -> Iterator[None]:
         if path := os.environ.get(_REPORT):
             before = read_json(Path(path)).get("exit_code")
             if before is None or _weight(told["exit_code"]) > _weight(before):
-                write_json(Path(path), told)
+                with contextlib.suppress(DiskError, OSError):  # the reason itself is raised all the same
+                    write_json(Path(path), told)
         raise
 
 

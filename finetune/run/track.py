@@ -200,7 +200,7 @@ def _launch(name: str, options: TrackingOptions, folder: Path, run_name: str) ->
 
 def _mask_log(path: Path) -> None:
     """Take the environment's secrets out of what a tracker printed."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, DiskError):  # why the run ended is not to be lost over it
         text = path.read_text(encoding="utf-8", errors="replace")
         masked = mask_text(text)
         if masked != text:
