@@ -121,12 +121,12 @@ def _launch(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any] | None:
     from finetune.run.batch import batch_shape
     from finetune.run.builds import refuse_missing_tools
     from finetune.run.folder import RunFolder, read_json
-    from finetune.run.launch import follow, plan_launch
+    from finetune.run.launch import count_to_start, follow, plan_launch
     from finetune.run.modes import compiles, refuse
 
     recipe = loaded.recipe
     hardware = detect(recipe.launch.device)
-    count = recipe.launch.num_processes or hardware.count
+    count = count_to_start(recipe.launch, hardware.count)
     if count == 1:
         return None
     refuse(checked.mode, recipe.model, recipe.training, batch_shape(recipe.training, count), hardware.device)

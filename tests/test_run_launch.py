@@ -13,7 +13,7 @@ from finetune.errors import DataError, HangError, HardwareError, RecipeError
 from finetune.recipe.sections import LaunchOptions
 from finetune.run import launch
 from finetune.run.folder import read_json
-from finetune.run.launch import Launch, free_port, plan_launch, told_to_launcher
+from finetune.run.launch import Launch, count_to_start, free_port, plan_launch, told_to_launcher
 
 
 @pytest.fixture
@@ -67,6 +67,17 @@ def test_a_launched_process_does_not_launch(configs: Path, monkeypatch: pytest.M
     monkeypatch.setenv(launch._REPORT, "x")
     with pytest.raises(HardwareError, match="started one process that knows of no others, where 2 were asked for"):
         plan_launch(LaunchOptions(), 2, "cpu", configs, [])
+
+
+def test_a_process_that_accelerate_started_alone_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert count_to_start(LaunchOptions(), 8) == 8
+    assert count_to_start(LaunchOptions(num_processes=2), 8) == 2
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    assert count_to_start(LaunchOptions(), 8) == count_to_start(LaunchOptions(num_processes=1), 8) == 1
+    with pytest.raises(HardwareError, match=r"asks for 2 processes and accelerate's launcher started this one alone"):
+        count_to_start(LaunchOptions(num_processes=2), 8)
+    monkeypatch.setenv(launch._REPORT, "x")  # started by `finetune train`, which says what is wrong with its file
+    assert count_to_start(LaunchOptions(num_processes=2), 8) == 2
 
 
 def test_a_free_port_is_free() -> None:

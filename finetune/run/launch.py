@@ -21,7 +21,7 @@ from finetune.errors import DiskError, ExitCode, FinetuneError, HardwareError, R
 from finetune.files import write_json
 from finetune.recipe.sections import LaunchOptions
 from finetune.run.folder import read_json
-from finetune.run.modes import config_file, machines_of
+from finetune.run.modes import by_accelerate, config_file, machines_of
 from finetune.run.orphans import ADOPTER, adopted, adopting, end_adopted, workers_below
 
 _REPORT = "FINETUNE_LAUNCH_REPORT"  # names the file in which a process of the run says why it failed
@@ -86,6 +86,27 @@ def plan_launch(options: LaunchOptions, count: int, device: str, configs: Path, 
     threads = max(1, (os.cpu_count() or 1) // count)
     # Left to itself the launcher gives every process one thread; ACCELERATE_USE_CPU would switch off DeepSpeed.
     return Launch(tuple(command), {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}, options.timeout)
+
+
+def count_to_start(options: LaunchOptions, devices: int) -> int:
+    """How many processes the run has on this machine, this one being the first to ask; 1 where it is the run itself.
+
+    Args:
+        options: the launch section.
+        devices: accelerators of this machine.
+
+    Raises:
+        HardwareError: accelerate's launcher has started this process alone, and the recipe asks for several.
+    """
+    if is_launched() or not by_accelerate(os.environ):
+        return options.num_processes or devices
+    if options.num_processes not in (None, 1):
+        raise HardwareError(
+            f"launch.num_processes: the recipe asks for {options.num_processes} processes and accelerate's launcher "
+            f"started this one alone; give it --num_processes {options.num_processes} and a configuration with "
+            "distributed_type: MULTI_GPU, also on a CPU, or start with `finetune train`"
+        )
+    return 1
 
 
 def is_launched() -> bool:
