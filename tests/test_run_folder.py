@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,19 +142,6 @@ def test_a_run_that_has_ended_holds_nothing(run: RunFolder, alive: int) -> None:
 
 
 # -- begin ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("silent", [60, 3600])
-def test_a_run_of_another_machine_goes_on_while_it_writes(run: RunFolder, silent: int) -> None:
-    run.record.write_text(json.dumps({"recipe_hash": "abc", "pid": 7, "host": "another-machine"}))
-    run.metrics.write_text('{"step": 1}\n')
-    for path in (run.record, run.metrics):
-        os.utime(path, (time.time() - silent,) * 2)
-    if silent > 600:
-        assert claim(run.root, "abc", overwrite=False) == (run, True)
-    else:
-        with pytest.raises(RefusedError, match="still going on"):
-            claim(run.root, "abc", overwrite=True)
 
 
 def test_a_new_run_has_its_first_files(run: RunFolder) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from finetune.errors import ExitCode, RecipeError
+from finetune.run.pulse import is_here
 
 _TAIL = 64 * 1024  # bytes read from the end of metrics.jsonl; a line has a few hundred
 
@@ -124,7 +124,7 @@ def _state(run: dict[str, Any], ended: dict[str, Any] | None, exit_code: int | N
     if ended is not None:
         return "unreadable" if exit_code is None else _STATES.get(exit_code, "failed")
     pid = _as(int, run.get("pid"))
-    if pid is None or pid < 1 or run.get("host") != socket.gethostname():
+    if pid is None or pid < 1 or not is_here(run):
         return "unfinished"
     try:
         os.kill(pid, 0)

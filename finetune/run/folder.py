@@ -6,6 +6,7 @@ metrics.jsonl    every logged figure, one JSON object a line: the truth that tra
 checkpoints/     resumable states; each is written whole or not at all
 adapter/         the product, in PEFT's layout (model/ for full fine-tuning)
 tracking/        logs and states of the trackers
+pulse            a number that grows while the run lives
 hang/            what a process said that held up the others, or was held up: verdict and stacks
 probe.json       token ids of a few training rows, on which a merge is compared
 exit.json        how the run ended: exit code, reason, last step
@@ -19,9 +20,7 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,13 +38,13 @@ from finetune.files import (
     write_json,
     write_text,
 )
+from finetune.run.pulse import lives
 
 FORMAT = 2  # of a checkpoint's folder; others are passed over
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-_SILENT_SECONDS = 600  # a run on another machine that has written nothing for so long is taken to have ended
 # Everything that a run, its merge and its evaluations write, and what they leave when they are killed.
 _OURS = re.compile(
-    r"(recipe\.yaml|(run|exit|probe)\.json|evaluation(-\w+)?\.json|(metrics|quarantine)\.jsonl|checkpoints|adapter|model|merged|tracking|hang"
+    r"(recipe\.yaml|(run|exit|probe)\.json|evaluation(-\w+)?\.json|(metrics|quarantine)\.jsonl|checkpoints|adapter|model|merged|tracking|hang|pulse"
     r"|\..*\.tmp)$"
 )
 
@@ -194,24 +193,8 @@ class RunFolder:
         write_json(self.exit, {**ended, "facts": facts} if facts else ended)
 
     def is_running(self) -> bool:
-        """Whether the process that writes here lives; of another machine's, whether it wrote within ten minutes."""
-        record = read_json(self.record)
-        pid = record.get("pid")
-        if self.exit.exists() or not isinstance(pid, int) or pid < 1:
-            return False
-        if record.get("host") != socket.gethostname():
-            last = max(path.stat().st_mtime for path in (self.record, self.metrics) if path.exists())
-            return time.time() - last < _SILENT_SECONDS
-        if pid == os.getpid():
-            return False
-        try:
-            os.kill(pid, 0)
-            words = Path(f"/proc/{pid}/cmdline")
-            return not words.exists() or b"finetune" in words.read_bytes()  # the number may be another process's by now
-        except PermissionError:
-            return True  # it lives, and is another user's
-        except OSError:
-            return False
+        """Whether the run lives that stands here; of one on another machine that takes a while to see."""
+        return not self.exit.exists() and lives(self.root, read_json(self.record))
 
     def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, and why newer ones were passed over."""
@@ -314,7 +297,11 @@ def claim(
     if not folder.is_run():
         raise RefusedError(f"output_dir: {root} holds files that are no run's; choose an empty or new folder")
     if folder.is_running():
-        raise RefusedError(f"output_dir: a run is still going on in {root}; wait for it, stop it, or choose another")
+        by = read_json(folder.record)
+        raise RefusedError(
+            f"output_dir: a run is still going on in {root} (process {by.get('pid')} on {by.get('host')}); wait "
+            "for it, stop it, or choose another folder"
+        )
     if overwrite:
         _refuse_loss(folder, needed)
         return folder, False

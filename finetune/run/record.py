@@ -18,6 +18,7 @@ from finetune.errors import DataError, ModelError
 from finetune.files import sha256
 from finetune.privacy import mask_text
 from finetune.run.folder import now
+from finetune.run.pulse import machine
 
 STACK = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
@@ -101,6 +102,7 @@ def this_process() -> dict[str, Any]:
         "working_folder": os.getcwd(),
         "pid": os.getpid(),
         "host": socket.gethostname(),
+        "machine": machine(),
         "versions": versions(),
         "git": git_state(),
     }
