@@ -182,6 +182,7 @@ def _trainer(
         folder=checked.folder,
         callbacks=watchers,
     )
+    trainer.saver.note = partial(watch.note, "waiting for a checkpoint to be written")
     if (ratio := checked.adapter.loraplus_lr_ratio) is not None:
         trainer.use_loraplus(ratio)
     trainer.add_callback(SameWeights(process.launched, lambda: trainer.model_wrapped, checked.mode))

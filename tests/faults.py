@@ -4,7 +4,8 @@
     warm.run("train", …, entry="faults:main", env={"FAULT": "kill:7:.checkpoint-40.tmp"})
 
 An operation is an open, write, fsync, close, mkdir, chmod, rename, unlink or rmdir. A write that is hit writes half of
-what it should first. `at` counts from the first operation on a path that holds `below`.
+what it should first; with `slow14` instead of an errno an operation takes 14 seconds more. `at` counts from the first
+operation on a path that holds `below`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +31,11 @@ class Fault:
         self.count = 0
         self.struck = ""
 
+    @property
+    def slow(self) -> bool:
+        """Whether nothing fails."""
+        return self.kind.startswith("slow")
+
     def met(self, name: str, path: object) -> bool:
         """Count an operation; whether it is the one that fails."""
         text = os.fsdecode(os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path))  # type: ignore[call-overload]
@@ -42,9 +49,12 @@ class Fault:
         return True
 
     def strike(self) -> None:
-        """Die, or raise."""
+        """Die, raise, or take long."""
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.slow:
+            time.sleep(float(self.kind.removeprefix("slow")))
+            return
         raise OSError(getattr(errno, self.kind), os.strerror(getattr(errno, self.kind)))
 
 
@@ -65,8 +75,9 @@ class _Stream:
 
     def write(self, content: Any) -> Any:
         if self._fault.met("write", self._path):
-            self._stream.write(memoryview(content)[: len(content) // 2])
-            self._stream.flush()
+            if not self._fault.slow:
+                self._stream.write(memoryview(content)[: len(content) // 2])
+                self._stream.flush()
             self._fault.strike()
         return self._stream.write(content)
 
@@ -76,7 +87,7 @@ def faulty(kind: str, at: int, below: str) -> Iterator[Fault]:
     """Have one file operation fail.
 
     Args:
-        kind: `kill`, or the name of an errno.
+        kind: `kill`, `slow` and seconds, or the name of an errno.
         at: which one, counted from 1.
         below: counting begins with the first operation on a path that holds this.
     """

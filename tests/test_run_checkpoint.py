@@ -26,11 +26,13 @@ from safetensors.torch import load_file
 from finetune.errors import DiskError, ExportError, NonFiniteError
 from finetune.files import MANIFEST, disk_errors, manifest_faults
 from finetune.run import checkpoint as module
+from finetune.run import checkpoint_wait
 from finetune.run.checkpoint import begin, commit_parts, lay, staging_of, write
 from finetune.run.checkpoint_parts import refuse_unfit
 from finetune.run.checkpoint_saver import Saver
 from finetune.run.checkpoint_state import ADAPTER, STATE, STATE_TENSORS, Snapshot
 from finetune.run.checkpoint_tree import DTYPES, Copies, Unfit, flatten, rebuild, write_tensors
+from finetune.run.checkpoint_wait import until_written
 from finetune.run.checkpoint_writer import Writer
 from finetune.run.folder import RunFolder
 
@@ -256,13 +258,9 @@ def test_weights_that_were_gathered_in_part_are_refused(held: Any, said: str) ->
     ],
 )
 def test_only_the_checkpoint_of_the_step_before_is_said_to_hold_it(run: RunFolder, newest: Any, said: str) -> None:
-    trainer: Any = SimpleNamespace(args=SimpleNamespace(should_save=True), is_sharded=False)
-    saver = Saver(trainer, run)
+    saver = Saver(SimpleNamespace(), run)  # type: ignore[arg-type]
     saver.newest = newest
     assert saver.stands(8) == said
-    trainer.args.should_save = False  # where nothing is written, nothing is known of it
-    if newest is None:
-        assert saver.stands(8) == "rank 0 knows the checkpoint before it"
 
 
 def test_a_file_that_rank_0_does_not_see_leaves_no_checkpoint(run: RunFolder) -> None:
@@ -390,6 +388,32 @@ def test_a_failure_of_the_thread_is_told_once_and_not_lost() -> None:
     writer.start(fail)
     with pytest.raises(DiskError, match="full"):
         writer.start(fail)
+
+
+def test_who_waits_for_a_slow_write_notes_that_it_has_not_hung_and_tells_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import threading
+
+    monkeypatch.setattr(checkpoint_wait, "_LONG", 0.0)
+    writer, over = Writer(), threading.Event()
+    alone: Any = SimpleNamespace(world_size=1)
+    noted: list[bool] = []
+    told: list[float] = []
+
+    def note() -> None:
+        noted.append(writer.busy)
+        if len(noted) == 5:
+            over.set()
+
+    def write(go_on: Any) -> None:
+        over.wait(20)
+
+    writer.start(write)
+    until_written(alone, writer, note, told.append)
+    assert noted[:5] == [True] * 5
+    assert told
+    assert not writer.busy
 
 
 def test_a_write_that_is_given_up_leaves_nothing_and_is_no_failure(run: RunFolder) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tiny import Lab
+from tiny import Lab, chats, write_rows
 from warm import Child, Outcome
 
 from finetune.files import manifest_faults
@@ -246,6 +246,92 @@ def test_a_disk_that_takes_nothing_any_more_ends_no_run_that_may_go_on_and_hides
     lab.train({**LORA, "output_dir": "whole"}).ok()
     assert lab.losses() == lab.losses("whole")
     assert lab.adapter() == lab.adapter("whole")
+
+
+def test_no_rank_of_a_stopped_run_names_a_checkpoint_that_rank_0_could_not_write(lab: Lab) -> None:
+    changes = {**LORA, "training.max_steps": 4000, "training.num_train_epochs": 10**6, "training.save_steps": 4000}
+    changes["training.on_save_error"] = "continue"
+    children = lab.warm.start_ranks(
+        2, lab.recipe(changes), cwd=lab.folder, entry="faults:train", env=faults("EIO:210:.ch")
+    )
+    children[0].wait_for("step 1/")
+    time.sleep(0.5)
+    children[1].send_signal(signal.SIGTERM)
+    for outcome in [child.wait(60) for child in children]:
+        assert outcome.returncode == 74, outcome.stderr
+        assert "whose checkpoint could not be written; there is no checkpoint" in outcome.stderr
+        assert "continues from" not in outcome.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+def test_a_disk_slower_than_the_watchdog_holds_a_run_up_and_does_not_end_it(lab: Lab, mode: str) -> None:
+    changes = {**LORA, "launch.timeout": 6, **({"launch.config": mode} if mode != "ddp" else {})}
+    fault = faults("slow14:7:.checkpoint-4.tmp")
+    outcomes = lab.warm.ranks(2, lab.recipe(changes), cwd=lab.folder, entry="faults:train", env=fault)
+    told = outcomes[0].ok().stderr
+    assert "the disk is slow: 1" in told
+    outcomes[1].ok()
+    assert names(lab) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_while_all_wait_for_a_slow_disk_is_named(lab: Lab, way: signal.Signals) -> None:
+    changes = {**LORA, "launch.timeout": 6}
+    fault = faults("slow60:7:.checkpoint-4.tmp")
+    children = lab.warm.start_ranks(2, lab.recipe(changes), cwd=lab.folder, entry="faults:train", env=fault)
+    children[0].wait_for("the disk is slow")
+    children[1].send_signal(way)
+    outcome = children[0].wait(40)
+    assert outcome.returncode == 77, outcome.stderr
+    assert f"rank 1: its process is {'dead' if way == signal.SIGKILL else 'stopped'}" in outcome.stderr
+    children[1].kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["end", "stop"])
+def test_the_last_write_is_waited_for_by_all_ranks(lab: Lab, way: str) -> None:
+    """It takes longer than any operation of all processes may: their timeout, and 15 seconds more."""
+    rows = chats(24)
+    write_rows(lab / "train.jsonl", rows[:16])
+    write_rows(lab / "val.jsonl", rows[16:])
+    changes = {**LORA, "launch.timeout": 5, "data.validation": "val.jsonl", "training.save_steps": None}
+    if way == "stop":
+        changes |= {"training.max_steps": 4000, "training.num_train_epochs": 10**6}
+    fault = faults("slow24:7:.checkpoint-12.tmp" if way == "end" else "slow24:210:.ch")
+    children = lab.warm.start_ranks(2, lab.recipe(changes), cwd=lab.folder, entry="faults:train", env=fault)
+    if way == "stop":
+        children[0].wait_for("step 1/")
+        time.sleep(0.5)
+        children[0].send_signal(signal.SIGTERM)
+    outcomes = [child.wait(120) for child in children]
+    assert [outcome.returncode for outcome in outcomes] == [0 if way == "end" else 75] * 2, outcomes[0].stderr
+    assert names(lab) == [f"checkpoint-{lab.ended()['step']}"]
+    assert whole(lab)
+
+
+# -- a second signal -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_signal_leaves_the_last_write_its_seconds(lab: Lab) -> None:
+    changes = {**LORA, "training.max_steps": 4000, "training.num_train_epochs": 10**6, "training.save_steps": None}
+    child = lab.warm.start(
+        "train", lab.recipe(changes), cwd=lab.folder, entry="faults:main", env=faults("slow2:210:.ch")
+    )
+    child.wait_for("step 1/")
+    time.sleep(0.3)
+    child.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while not list((lab / "run/checkpoints").glob(".checkpoint-*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    child.send_signal(signal.SIGTERM)
+    outcome = child.wait(60)
+    assert outcome.returncode == 75, outcome.stderr
+    assert "stopped at once on the second signal" in outcome.stderr
+    assert names(lab) == [f"checkpoint-{lab.ended()['step']}"]
+    assert whole(lab)
 
 
 # -- kill -9 at any instant ------------------------------------------------------------------------------------------

@@ -25,12 +25,13 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.errors import DiskError, ExportError, FinetuneError, RefusedError
+from finetune.errors import DiskError, ExportError, RefusedError
 from finetune.files import disk_errors
 from finetune.run.checkpoint import begin, commit_parts, lay, staging_of, write
 from finetune.run.checkpoint_parts import is_by_number, snapshot_part
 from finetune.run.checkpoint_state import adapter_config, places, rng_state, snapshot, trained_weights
 from finetune.run.checkpoint_tree import Copies
+from finetune.run.checkpoint_wait import is_busy_anywhere, newest_known, together, until_written
 from finetune.run.checkpoint_writer import Writer
 from finetune.run.folder import RunFolder, need_room
 
@@ -69,6 +70,7 @@ class Saver(TrainerCallback):
         made_of: what the run is made of, for each manifest (run/resume.py compares it).
         on_error: whether a save that fails for want of disk ends the run.
         tell: told what the user should know and nothing else says.
+        note: told while this rank waits for a disk: it has not hung.
         changed: whether the run goes on under a recipe that has changed.
         newest: the step of the newest checkpoint that is whole; None without any.
     """
@@ -77,6 +79,7 @@ class Saver(TrainerCallback):
         self.made_of: dict[str, Any] = {}
         self.on_error: Literal["stop", "continue"] = "stop"
         self.tell: Callable[[str], None] = lambda line: None
+        self.note: Callable[[], None] = lambda: None
         self.changed = False
         self.newest: int | None = None
         self._trainer = trainer
@@ -112,15 +115,25 @@ class Saver(TrainerCallback):
         self._save(keep=True)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on the disk; where the state is spread all ranks call it.
+        """Wait until the last checkpoint is on the disk; all ranks call it, and know afterwards which one stands.
 
         Raises:
-            DiskError: it could not be written, and training.on_save_error says stop.
+            DiskError: it could not be written, and training.on_save_error says stop; on all ranks.
         """
-        if self._parts is not None:
+        if self._trainer.is_sharded:
             self._proceed(wait=True)
-        self._writer.wait()
-        self._surface()
+            return
+        args = self._trainer.args
+        self._wait()
+        together(args, self._folder.checkpoints, self._surface)
+        self.newest = newest_known(args, self.newest)
+
+    def _wait(self) -> None:
+        """Wait until no rank writes, which is neither a hang nor silent."""
+        until_written(self._trainer.args, self._writer, self.note, self._tell_slow)
+
+    def _tell_slow(self, seconds: float) -> None:
+        self.tell(f"the disk is slow: {seconds:.0f} s were waited for a checkpoint to be written, and it goes on")
 
     def give_up(self, at_once: bool = False) -> None:
         """End this rank's write, after an error that the others may not have met: a set of parts stays incomplete.
@@ -128,10 +141,13 @@ class Saver(TrainerCallback):
         Args:
             at_once: give a write up that takes longer than a few seconds.
         """
-        self._writer.wait(_SECONDS_AT_ONCE if at_once else None)
+        args = self._trainer.args
+        # Others wait for this rank meanwhile, and would take it for hung before it has told them why it ends.
+        allowed = args.ddp_timeout / 2 if args.world_size > 1 else None
+        self._writer.wait(_SECONDS_AT_ONCE if at_once else allowed)
         if self._parts is None:
             self._surface()
-        elif self._trainer.args.should_save:
+        elif args.should_save:
             shutil.rmtree(staging_of(self._parts.target), ignore_errors=True)
 
     def insist(self, step: int) -> None:
@@ -140,7 +156,7 @@ class Saver(TrainerCallback):
         Raises:
             DiskError: it could not be written, whatever training.on_save_error says.
         """
-        if self._trainer.args.should_save and self.newest != step:
+        if self.newest != step:
             kept = f"checkpoint-{self.newest} is whole" if self.newest is not None else "there is no checkpoint"
             raise DiskError(f"stopped on request after step {step}, whose checkpoint could not be written; {kept}")
 
@@ -148,8 +164,6 @@ class Saver(TrainerCallback):
         """What there is of the state after `step`, whose save has ended, for a message."""
         if self.newest == step:
             return f"checkpoint-{step} holds the state before it"
-        if not (self._trainer.args.should_save or self._trainer.is_sharded):
-            return "rank 0 knows the checkpoint before it"  # a whole state is written there
         kept = f"checkpoint-{self.newest} is the newest" if self.newest is not None else "there is no checkpoint"
         return f"the state before it could not be saved; {kept}"
 
@@ -180,11 +194,10 @@ class Saver(TrainerCallback):
             self._first = first
             self._begin_parts(target, keep)
         else:
+            self.finish()
+            self._first = first
             ranks = self._gathered(step)
             if trainer.args.should_save:
-                self._writer.wait()
-                self._surface()
-                self._first = first
                 where, config = self._places
                 taken = snapshot(trainer, where, config, ranks, self._copies)
                 taken.facts.update(self._facts(self._by_number))
@@ -274,8 +287,8 @@ class Saver(TrainerCallback):
             by_number = self._by_number
             taken = snapshot_part(trainer, trainer.layout, by_number, self._copies)
             parts.facts = self._facts(by_number)
-            self._together(target, functools.partial(begin, target) if trainer.args.should_save else None)
-            self._together(target, functools.partial(_see, target))
+            together(trainer.args, target, functools.partial(begin, target) if trainer.args.should_save else None)
+            together(trainer.args, target, functools.partial(_see, target))
         except DiskError as error:
             self._failed(error)
             return
@@ -293,33 +306,24 @@ class Saver(TrainerCallback):
         Raises:
             DiskError: a rank could not write, and training.on_save_error says stop.
         """
+        args = self._trainer.args
         while (parts := self._parts) is not None:
-            pause = 0.001
-            while self._is_busy_anywhere():
-                if not wait:
-                    return
-                # Asked again and again, since an operation of all ranks that waited for a slow disk would time out.
-                time.sleep(pause)
-                pause = min(1.0, 2 * pause)
-            self._writer.wait()
+            if not wait and is_busy_anywhere(args, self._writer):
+                return
+            self._wait()
             try:
-                self._together(parts.target, self._writer.raise_failure)
+                together(args, parts.target, self._writer.raise_failure)
                 if not parts.is_laid:
                     self._commit(parts)
                     continue
             except DiskError as error:
                 self._parts = None
-                if self._trainer.args.should_save:
+                if args.should_save:
                     shutil.rmtree(staging_of(parts.target), ignore_errors=True)
                 self._failed(error)
                 return
             self._parts = None
             self.newest = parts.step if parts.keep else self.newest
-
-    def _is_busy_anywhere(self) -> bool:
-        busy = torch.tensor([float(self._writer.busy)], device=self._trainer.args.device)
-        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
-        return bool(busy.item())
 
     def _commit(self, parts: _Parts) -> None:
         """All parts are on the disk: rank 0 completes the folder, beside the training."""
@@ -333,27 +337,6 @@ class Saver(TrainerCallback):
     def _complete(self, parts: _Parts) -> None:
         size = commit_parts(parts.target, parts.step, parts.facts, parts.known, parts.keep)
         self._settle(parts.target, parts.keep, size)
-
-    def _together(self, target: Path, part: Callable[[], None] | None) -> None:
-        """Do this rank's part, None without one, and raise on every rank what failed on the first that failed."""
-        failure: Exception | None = None
-        try:
-            with disk_errors(target):
-                if part is not None:
-                    part()
-        except Exception as error:
-            failure = error
-        bad = torch.tensor([float(failure is not None)], device=self._trainer.args.device)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if not bad.item():
-            return
-        known = failure if isinstance(failure, FinetuneError) else failure and ExportError(f"{target}: {failure}")
-        every: list[FinetuneError | None] = [None] * self._trainer.args.world_size
-        dist.all_gather_object(every, known)
-        rank, first = next((rank, error) for rank, error in enumerate(every) if error is not None)
-        if failure is not None and (known is not failure or rank == self._trainer.args.process_index):
-            raise failure
-        raise type(first)(f"{first} (on rank {rank})")
 
 
 def _see(target: Path) -> None:

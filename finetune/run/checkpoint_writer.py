@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+_LAST = 1.0  # seconds until a write that is told to end is left alone, in an operation that does not come back
+
 
 class GivenUp(Exception):
     """The write was told to end."""
@@ -18,7 +20,9 @@ class Writer:
     """Runs one write at a time beside the training."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        # Not the thread's own join: one that a signal interrupts takes a thread for dead that goes on (Python 3.11).
+        self._over = threading.Event()
+        self._over.set()
         self._failure: BaseException | None = None
         self._given_up = threading.Event()
 
@@ -33,8 +37,9 @@ class Writer:
         """
         self.wait()
         self.raise_failure()
-        self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._given_up.clear()
+        self._over.clear()
+        threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True).start()
 
     def _run(self, write: Callable[[Callable[[], None]], None]) -> None:
         try:
@@ -43,6 +48,8 @@ class Writer:
             pass
         except BaseException as error:  # told in the thread that trains
             self._failure = error
+        finally:
+            self._over.set()
 
     def _go_on(self) -> None:
         if self._given_up.is_set():
@@ -51,18 +58,19 @@ class Writer:
     @property
     def busy(self) -> bool:
         """Whether a write goes on."""
-        return self._thread is not None and self._thread.is_alive()
+        return not self._over.is_set()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait so long at most for the write that goes on; whether there was one."""
+        was_busy = self.busy
+        self._over.wait(seconds)
+        return was_busy
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait for the write that goes on; after `seconds` have it give up, and wait for that."""
-        if self._thread is None:
-            return
-        self._thread.join(seconds)
-        if self._thread.is_alive():
+        """Wait for the write that goes on; after `seconds` have it give up, unless the disk does not answer at all."""
+        if not self._over.wait(seconds):
             self._given_up.set()
-            self._thread.join()
-            self._given_up.clear()
-        self._thread = None
+            self._over.wait(_LAST)
 
     def raise_failure(self) -> None:
         """Raise what a write has failed with, once."""

@@ -358,11 +358,11 @@ class Trainer(SFTTrainer):
         """The training loop; when it ends, however it ends, its last checkpoint is on the disk."""
         try:
             outcome = super().train(*arguments, **named)
+            self.saver.finish()
         except BaseException as error:
             with contextlib.suppress(DiskError):  # what ended the run is told instead
                 self.saver.give_up(at_once=isinstance(error, KeyboardInterrupt))
             raise
-        self.saver.finish()
         return outcome
 
     def not_training(self, seconds: float) -> None:
