@@ -51,6 +51,7 @@ def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies:
     metrics = MetricsFile(checked.folder, recipe.training.on_save_error, partial(process.say, "warning"))
     guards = [watch, metrics, Progress(), stopper]
     trainer, packing = _trainer(loaded, checked, process, supplies, arguments, attn, built, guards)
+    trainer.saver.note = partial(watch.note, "waiting for a checkpoint to be written")
     derived = derived_of(loaded, checked, built, process.kept, attn.own, arguments, launched)
     units = "sequences" if recipe.data.packing else "rows"
     process.say("steps", f"{process.shape.told(units)}; run folder {checked.folder.root}")
@@ -182,7 +183,6 @@ def _trainer(
         folder=checked.folder,
         callbacks=watchers,
     )
-    trainer.saver.note = partial(watch.note, "waiting for a checkpoint to be written")
     if (ratio := checked.adapter.loraplus_lr_ratio) is not None:
         trainer.use_loraplus(ratio)
     trainer.add_callback(SameWeights(process.launched, lambda: trainer.model_wrapped, checked.mode))
