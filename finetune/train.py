@@ -267,6 +267,7 @@ def _going_on(ready: Ready, made: dict[str, Any]) -> ResumePoint:
     Raises:
         RefusedError: it may not, on all ranks alike.
     """
+    from finetune.run.resume import refuse_overrun
     from finetune.run.wait import from_main_in_time
 
     going_on: ResumePoint = from_main_in_time(
@@ -279,6 +280,7 @@ def _going_on(ready: Ready, made: dict[str, Any]) -> ResumePoint:
     ready.say("resume", f"from {going_on.checkpoint}" if going_on.checkpoint else "")
     for drift in going_on.accepted:
         ready.say("resume", f"accepted: {drift}")
+    refuse_overrun(going_on, ready.trainer.steps_in_all(), ready.checked.folder)
     return going_on
 
 

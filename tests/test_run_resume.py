@@ -313,6 +313,20 @@ def test_an_accepted_learning_rate_is_the_one_that_trains(again: Lab) -> None:
     assert rates["run"][:8] == [rate / 2 for rate in rates["other"][:8]]
 
 
+@pytest.mark.parametrize(("key", "value"), [("max_steps", 4), ("num_train_epochs", 1)])
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_touched(again: Lab, key: str, value: int) -> None:
+    changes = {**CHANGES, "training.max_steps": None, f"training.{key}": value}
+    before = (again / "run/run.json").read_bytes()
+    outcome = again.train(changes, "--allow-drift", "max_steps,num_train_epochs")
+    assert outcome.returncode == 5, outcome.stderr
+    assert "has made 8 steps, and this recipe asks for 4, by training.max_steps, or by" in outcome.stderr
+    assert (again / "run/run.json").read_bytes() == before
+    assert not (again / "run/exit.json").exists()
+    changes[f"training.{key}"] = 2 * value
+    again.train(changes, "--allow-drift", "max_steps,num_train_epochs").ok()
+    assert again.ended()["step"] == 8
+
+
 def test_a_misspelt_name_is_refused_at_once(again: Lab) -> None:
     outcome = again.train(CHANGES, "--allow-drift", "learning_rat")
     assert outcome.returncode == 2

@@ -224,3 +224,22 @@ def find(folder: RunFolder, made_of: Mapping[str, Any], allowed: Collection[str]
     changed = [drift for part in ("recipe", "found") for drift in drifts(before.get(part, {}), made_of[part])]
     accepted = accept(changed, folder, allowed, manifest.get("bound", ()))
     return ResumePoint(str(newest) if newest else None, tuple(passed_over), accepted)
+
+
+def refuse_overrun(point: ResumePoint, steps: int, folder: RunFolder) -> None:
+    """A run that has made more steps than its recipe now asks for cannot become what the recipe says.
+
+    Args:
+        point: where it would go on.
+        steps: optimizer steps of the whole run.
+        folder: the run's.
+
+    Raises:
+        RefusedError: there are more behind it.
+    """
+    if point.step > steps:
+        raise RefusedError(
+            f"output_dir: the run in {folder.root} has made {point.step} steps, and this recipe asks for {steps}, by "
+            "training.max_steps, or by training.num_train_epochs and the rows; it cannot become one of so few. "
+            f"Ask for {point.step} or more, choose another output_dir, or pass --overwrite to train again"
+        )

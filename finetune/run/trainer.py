@@ -211,6 +211,11 @@ class Trainer(SFTTrainer):
         made.param_groups[:] = split  # there is no state yet
         return made
 
+    def steps_in_all(self) -> int:
+        """The optimizer steps of the whole run, which are known before it begins."""
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return int(steps or 0)
+
     # -- batches -------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
