@@ -73,7 +73,6 @@ def run(recipe_path: str, overrides: list[str], scheduler: str, place: Place) ->
         "accelerator": place.accelerator,
         "recipe": _quoted(str(loaded.path)),
         "overrides": "".join(f" {_quoted(one)}" for one in loaded.overrides),
-        "run": _quoted(recipe.output_dir),
         "extras": ",".join(extras),
     }
     text = (configs_folder() / "templates" / TEMPLATES[scheduler]).read_text(encoding="utf-8")
@@ -90,9 +89,8 @@ def _quoted(word: str) -> str:
         raise RecipeError(f"{word!r} holds a quote or a line break, which a job file cannot carry; rename the file")
     if shlex.quote(word) == word:
         return word
-    home, rest = ("$HOME", word[1:]) if word == "~" or word.startswith("~/") else ("", word)
-    escaped = re.sub(r'[\\"$`]', lambda found: "\\" + found[0], rest)
-    return f'"{home}{escaped}"'
+    escaped = re.sub(r'[\\"$`]', lambda found: "\\" + found[0], word)
+    return f'"{escaped}"'
 
 
 def _name(output_dir: str) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny import Lab
 from warm import Outcome
+
+from finetune.run.launch import free_port
 
 RECIPE = """
 model: {name_or_path: base}
@@ -39,23 +44,42 @@ def test_a_slurm_job_starts_a_task_per_process_and_queues_itself_again(
     assert options["--job-name"] == "my-run"
     assert "exec python -m finetune.train recipe.yaml training.learning_rate=1e-4'" in text
     # The script itself, with stand-ins for Slurm's commands and for Python.
-    stand_ins = tmp_path / "bin"
-    stand_ins.mkdir()
-    for name, body in {
+    tell = 'echo "{\\"exit_code\\": 75}" > "$FINETUNE_LAUNCH_REPORT"'
+    done = in_job(tmp_path, text, SLURM | {
         "srun": 'shift; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"',
-        "scontrol": 'case $1 in show) echo first; echo second;; *) echo "$@";; esac',
-        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*"; exit 75',
-    }.items():
-        (stand_ins / name).write_text(f"#!/bin/bash\n{body}\n")
-        (stand_ins / name).chmod(0o755)
-    variables = {"PATH": f"{stand_ins}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "8",
-                 "SLURM_JOB_NODELIST": "x"}  # fmt: skip
-    done = subprocess.run(["bash", "-c", text], env=variables, capture_output=True, text=True, check=False)
+        "python": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*"; {tell}; exit 75',
+    })  # fmt: skip
     assert done.returncode == 75
     assert done.stdout.splitlines() == [
         "3 1 8 first -m finetune.train recipe.yaml training.learning_rate=1e-4",
         "requeue 7",
     ]
+    # srun kills the second task over the first one's end, and tells of that.
+    killing = {"srun": 'shift; "$@"; exit 137', "python": f"{tell}; exit 75"}
+    assert in_job(tmp_path, text, SLURM | killing).stdout.splitlines() == ["requeue 7"]
+    # A job that is queued again has the number of the earlier one, whose words must not stand for it.
+    for code in (1, 0):
+        done = in_job(tmp_path, text, SLURM | {"srun": f"exit {code}", "python": ""})
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    (tmp_path / "my-run-7.ended").write_text('{"exit_code": 75}')
+    assert in_job(tmp_path, text, SLURM | {"srun": "exit 1", "python": ""}).returncode == 1
+    assert not (tmp_path / "my-run-7.ended").exists()
+
+
+SLURM = {"scontrol": 'case $1 in show) echo first; echo second;; *) echo "$@";; esac'}
+
+
+def in_job(folder: Path, text: str, stand_ins: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a job's script with stand-ins for commands; what Python is given by `-c` it does itself."""
+    place = folder / "bin"
+    place.mkdir(exist_ok=True)
+    for name, body in stand_ins.items():
+        own = f'[ "$1" = -c ] && exec {sys.executable} "$@"\n' if name == "python" else ""
+        (place / name).write_text(f"#!/bin/bash\n{own}{body}\n")
+        (place / name).chmod(0o755)
+    variables = {"PATH": f"{place}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "x",
+                 "HOME": "/home/me", "JOB_COMPLETION_INDEX": "0"}  # fmt: skip
+    return subprocess.run(["bash", "-c", text], cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
 def test_a_kubernetes_job_goes_on_after_75_and_ends_on_faults(script: Callable[..., Outcome]) -> None:
@@ -68,9 +92,41 @@ def test_a_kubernetes_job_goes_on_after_75_and_ends_on_faults(script: Callable[.
     (container,) = job["template"]["spec"]["containers"]
     assert container["image"] == "mine:1"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
-    subprocess.run(["bash", "-n", "-c", container["command"][2]], check=True)
     assert "--nnodes 2 --nproc-per-node 8" in container["command"][2]
     assert "-m finetune.train recipe.yaml &" in container["command"][2]
+
+
+@pytest.mark.parametrize(("told", "code"), [(3, 3), (75, 75), (None, 1)])
+def test_a_kubernetes_pod_ends_with_what_a_process_told(
+    script: Callable[..., Outcome], tmp_path: Path, told: int | None, code: int
+) -> None:
+    tell = f"echo '{{\"exit_code\": {told}}}' > $FINETUNE_LAUNCH_REPORT" if told else ":"
+    text = container_script(script("--for", "kubernetes").ok().stdout)
+    done = in_job(tmp_path, text, {"torchrun": f"{tell}; exit 1", "python": ""})
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert in_job(tmp_path, text, {"torchrun": "exit 0", "python": ""}).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_kubernetes_pod_whose_rows_are_broken_ends_with_3(lab: Lab, cli: Callable[..., Outcome]) -> None:
+    (lab / "rows.jsonl").write_text("no json\n")
+    recipe = lab.recipe({"data.train": "rows.jsonl", "data.validation": []})
+    printed = cli("launch-script", recipe, "--for", "kubernetes", "--gpus", "2", cwd=lab.folder).ok().stdout
+    text = container_script(printed).replace("run-node-0-0.run", "127.0.0.1").replace("29500", str(free_port()))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=lab.folder, env={**os.environ, "PATH": path, "JOB_COMPLETION_INDEX": "0"},
+        capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert not (lab / "run").exists()
+
+
+def container_script(printed: str) -> str:
+    """What the container of a Kubernetes job runs."""
+    job = yaml.safe_load(printed)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    text: str = job["template"]["spec"]["containers"][0]["command"][2]
+    return text
 
 
 def test_a_job_hands_each_word_on_as_it_was_given(script: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -79,20 +135,11 @@ def test_a_job_hands_each_word_on_as_it_was_given(script: Callable[..., Outcome]
         "tracking.run_name=$HOME `id` \\", "output_dir=~/runs/" + "x" * 39 + "-y",
     )  # fmt: skip
     text = script("--for", "slurm", *words).ok().stdout
-    stand_ins = tmp_path / "bin"
-    stand_ins.mkdir()
-    for name, body in {"srun": 'shift; "$@"', "scontrol": "echo first", "python": "printf '%s\\n' \"$@\""}.items():
-        (stand_ins / name).write_text(f"#!/bin/bash\n{body}\n")
-        (stand_ins / name).chmod(0o755)
-    variables = {"PATH": f"{stand_ins}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "HOME": "/home/me"}
-    done = subprocess.run(["bash", "-c", text], env=variables, capture_output=True, text=True, check=True)
+    stand_ins = {"srun": 'shift; "$@"', "scontrol": "echo first", "python": "printf '%s\\n' \"$@\""}
+    done = in_job(tmp_path, text, stand_ins)
     assert done.stdout.splitlines()[3:] == list(words)
     found = yaml.safe_load(script("--for", "kubernetes", *words).ok().stdout)
     assert found["metadata"]["name"] == "x" * 39
-    assert (
-        '"$HOME/runs/'
-        in found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"][2]
-    )
 
 
 def test_a_skypilot_job_installs_what_the_recipe_uses(script: Callable[..., Outcome]) -> None:
