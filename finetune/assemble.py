@@ -43,7 +43,7 @@ def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies:
     prove_world(launched, arguments)
     set_seed(recipe.training.seed)
     attn = attention(recipe.model, process.hardware.device, data.longest)
-    hashes = _hashes(process, supplies)
+    hashes = _hashes(process, supplies, recipe.model.trust_remote_code)
     if other := _other_base(checked.earlier, supplies.base, hashes):
         raise ModelError(other)
     built = _model(loaded, checked, process, supplies, arguments, attn)
@@ -92,8 +92,10 @@ def _model(
     return built
 
 
-def _hashes(process: Process, supplies: Supplies) -> dict[str, str]:
-    """SHA-256 of the base's files, which rank 0 reads once and remembers beside the prepared rows."""
+def _hashes(process: Process, supplies: Supplies, code: bool) -> dict[str, str]:
+    """SHA-256 of the base's files, and of its code where that is run, which rank 0 reads once and remembers beside the
+    prepared rows.
+    """
     from finetune.run.record import base_hashes
     from finetune.run.wait import from_main_in_time
 
@@ -104,7 +106,7 @@ def _hashes(process: Process, supplies: Supplies) -> dict[str, str]:
         process.say("base", f"its {size:.1f} GB are read once for their hashes, which later starts remember")
 
     hashes: dict[str, str] = from_main_in_time(
-        process.launched, lambda: base_hashes(base.weights, base.folder, known), long
+        process.launched, lambda: base_hashes(base.weights, base.folder, known, code), long
     )
     return hashes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import RefusedError
-from finetune.run.product import changed_files, identify
+from finetune.run.product import changed_files, differing, identify
 from finetune.run.record import base_hashes
 
 
@@ -104,6 +104,21 @@ def test_another_base_is_told_by_its_files_whatever_their_names(tmp_path: Path) 
     (base / "config.json").unlink()
     shards[0].write_bytes(b"changed")
     assert changed_files(hashes, shards, base) == ["config.json (gone)", shards[0].name]
+
+
+def test_the_code_of_a_base_counts_where_it_was_run(tmp_path: Path) -> None:
+    base = model(tmp_path / "base")
+    script = base / "modeling_own.py"
+    script.write_text("scale = 1")
+    without, run = base_hashes((), base), base_hashes((), base, code=True)
+    assert run.keys() - without.keys() == {script.name}
+    script.write_text("scale = 2")
+    assert changed_files(without, (), base) == []
+    assert differing(without, base_hashes((), base, code=True)) == []
+    assert changed_files(run, (), base) == [script.name]
+    (base / "more.py").write_text("")
+    script.unlink()
+    assert changed_files(run, (), base) == ["modeling_own.py (gone)", "more.py (new)"]
 
 
 def test_a_base_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,11 @@ def _base(lab: Lab) -> dict[str, Any]:
     return {}
 
 
+def _code(lab: Lab) -> dict[str, Any]:
+    (lab.own_base("chatml") / "modeling_own.py").write_text("")
+    return {"model.trust_remote_code": True}
+
+
 def _template(lab: Lab) -> dict[str, Any]:
     template = lab.own_base("chatml") / "chat_template.jinja"
     template.write_text(template.read_text().replace("You answer briefly.", "You answer."))
@@ -270,6 +275,7 @@ def key(name: str, value: Any) -> Callable[[Lab], dict[str, Any]]:
 DRIFTS: dict[str, tuple[Callable[[Lab], dict[str, Any]], str, str]] = {
     "data": (_data, "data.rows: ", "data"),
     "base": (_base, "base.config.json: ", "base"),
+    "code": (_code, "base.modeling_own.py: nothing → e3b0c44298fc", "base"),
     "template": (_template, "template: ", "template,data"),
     "tokenizer": (_tokenizer, "tokenizer: ", "tokenizer,data"),
     "batch": (key("training.global_batch_size", 8), "training.global_batch_size: 4 → 8 (cannot be", ""),

@@ -120,7 +120,8 @@ def refuse_other_base(
 def changed_files(
     trained_on: dict[str, str], weights: tuple[Path, ...], folder: Path | None, known: Known | None = None
 ) -> list[str]:
-    """The weight files and the config of a base that are not those an adapter was trained on, whatever their names.
+    """The weight files, the config and, where it was run, the code of a base that are not those an adapter was trained
+    on, whatever their names.
 
     Args:
         trained_on: SHA-256 by file name, as the adapter tells them; empty for one made elsewhere.
@@ -130,7 +131,7 @@ def changed_files(
     """
     if not trained_on:
         return []  # reads no weights for nothing
-    return differing(trained_on, base_hashes(weights, folder, known))
+    return differing(trained_on, base_hashes(weights, folder, known, code=_with_code(trained_on)))
 
 
 def differing(trained_on: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
@@ -138,11 +139,17 @@ def differing(trained_on: Mapping[str, str], found: Mapping[str, str]) -> list[s
 
     Args:
         trained_on: SHA-256 by file name, as the adapter tells them.
-        found: those of the base.
+        found: those of the base; its code counts where the adapter was trained with it.
     """
-    now = {name: value for name, value in found.items() if name not in _WORDS}
+    code = _with_code(trained_on)
+    now = {name: value for name, value in found.items() if name not in _WORDS and (code or not name.endswith(".py"))}
     then = {name: value for name, value in trained_on.items() if name not in _WORDS}
     differ = [name for name in then.keys() & now.keys() if then[name] != now[name]]
     differ += [f"{name} (gone)" for name in then.keys() - now.keys()]
     differ += [f"{name} (new)" for name in now.keys() - then.keys()]
     return sorted(differ)
+
+
+def _with_code(hashes: Mapping[str, str]) -> bool:
+    """Whether a base's own code is among what was hashed."""
+    return any(name.endswith(".py") for name in hashes)

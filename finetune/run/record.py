@@ -40,7 +40,10 @@ def versions() -> dict[str, str]:
 
 
 def base_hashes(
-    weights: tuple[Path, ...], folder: Path | None, known: Callable[[Sequence[Path]], list[str]] | None = None
+    weights: tuple[Path, ...],
+    folder: Path | None,
+    known: Callable[[Sequence[Path]], list[str]] | None = None,
+    code: bool = False,
 ) -> dict[str, str]:
     """SHA-256 of the base's weight, config and tokenizer files, by name; empty for a model of the hub.
 
@@ -48,6 +51,7 @@ def base_hashes(
         weights: the base's weight files.
         folder: its local folder.
         known: hashes files, and may remember those that have not changed; None reads each of them once a process.
+        code: also of its Python files, which model.trust_remote_code runs.
 
     Raises:
         ModelError: a file cannot be read, or changes while it is.
@@ -55,7 +59,8 @@ def base_hashes(
     if folder is None:
         return {}
     small = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    there = [path for path in (*weights, *small) if path.is_file()]
+    scripts = sorted(folder.glob("*.py")) if code else []  # transformers takes none from the folders below
+    there = [path for path in (*weights, *small, *scripts) if path.is_file()]
     if known is None:
         states = [(path, path.stat()) for path in there]
         return {path.name: _hash(path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in states}
