@@ -14,22 +14,53 @@ TEMPLATES = {"slurm": "slurm.sbatch", "kubernetes": "kubernetes.yaml", "skypilot
 
 
 @dataclass(frozen=True)
+class _Word:
+    """A value that one scheduler's job file has a place for.
+
+    Attributes:
+        scheduler: whose.
+        usual: what stands there unless something else is given.
+        form: what it must look like, to mean there what it says.
+        meant: the same in words.
+    """
+
+    scheduler: str
+    usual: str
+    form: str
+    meant: str
+
+
+WORDS = {
+    "time": _Word(
+        "slurm",
+        "24:00:00",
+        r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}|UNLIMITED|INFINITE",
+        "a time as 90, 12:00:00 or 2-00:00:00",
+    ),
+    "image": _Word(
+        "kubernetes", "finetune:latest", r"[A-Za-z0-9][A-Za-z0-9._/:@+-]*", "an image as registry.example/finetune:1.0"
+    ),
+    "accelerator": _Word("skypilot", "H100", r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name as H100 or A100-80GB"),
+}
+
+
+@dataclass(frozen=True)
 class Place:
     """What a job is given.
 
     Attributes:
         nodes: machines.
         gpus: accelerators of each.
-        time: longest run, as the scheduler writes it.
-        image: container image.
-        accelerator: name of the accelerator.
+        time: longest run, as Slurm writes it; None for the usual one, as below.
+        image: container image of Kubernetes.
+        accelerator: name of SkyPilot's accelerator.
     """
 
     nodes: int = 1
     gpus: int = 8
-    time: str = "24:00:00"
-    image: str = "finetune:latest"
-    accelerator: str = "H100"
+    time: str | None = None
+    image: str | None = None
+    accelerator: str | None = None
 
 
 def run(recipe_path: str, overrides: list[str], scheduler: str, place: Place) -> str:
@@ -42,13 +73,16 @@ def run(recipe_path: str, overrides: list[str], scheduler: str, place: Place) ->
         place: what the job is given.
 
     Raises:
-        RecipeError: there is no such template, or the recipe cannot be shared by so many processes.
+        RecipeError: there is no such template, `finetune train` would refuse the recipe on so many processes with
+            accelerators, or what the job is given has no place in the file or is no such thing.
     """
+    from finetune.preflight import refuse_in_mode
     from finetune.run.batch import batch_shape
     from finetune.run.modes import mode_of, refuse
 
     if scheduler not in TEMPLATES:
         raise RecipeError(f"--for: there is no template for {scheduler!r}; there are {', '.join(TEMPLATES)}")
+    given = _given(place, scheduler)
     loaded = load_recipe(recipe_path, overrides)
     recipe, count = loaded.recipe, place.nodes * place.gpus
     if recipe.launch.num_processes not in (None, count):
@@ -56,9 +90,12 @@ def run(recipe_path: str, overrides: list[str], scheduler: str, place: Place) ->
             f"launch.num_processes: the recipe asks for {recipe.launch.num_processes} processes and {place.nodes} x "
             f"{place.gpus} are {count}; remove the key, or give --nodes and --gpus that fit"
         )
+    if recipe.launch.device == "cpu":
+        raise RecipeError("launch.device: cpu: a job file asks for accelerators; remove the key")
     shape = batch_shape(recipe.training, count)
     mode = mode_of(recipe.launch, configs_folder(), {})
     refuse(mode, recipe.model, recipe.training, shape, "cuda")
+    refuse_in_mode(loaded.resolved(), mode)
     extras = [
         "quant",
         *(["deepspeed"] if mode.kind == "deepspeed" else []),
@@ -68,15 +105,32 @@ def run(recipe_path: str, overrides: list[str], scheduler: str, place: Place) ->
         "name": _name(recipe.output_dir),
         "nodes": str(place.nodes),
         "gpus": str(place.gpus),
-        "time": place.time,
-        "image": place.image,
-        "accelerator": place.accelerator,
+        **given,
         "recipe": _quoted(str(loaded.path)),
         "overrides": "".join(f" {_quoted(one)}" for one in loaded.overrides),
         "extras": ",".join(extras),
     }
     text = (configs_folder() / "templates" / TEMPLATES[scheduler]).read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: words[found[1]], text)
+
+
+def _given(place: Place, scheduler: str) -> dict[str, str]:
+    """The words of the scheduler's job file that the user may choose.
+
+    Raises:
+        RecipeError: one has no place in that file, or is no such thing.
+    """
+    found = {}
+    for name, word in WORDS.items():
+        value = getattr(place, name)
+        if value is not None and word.scheduler != scheduler:
+            raise RecipeError(
+                f"--{name}: has no effect on a job for {scheduler}, only for {word.scheduler}; leave it out"
+            )
+        if value is not None and not re.fullmatch(word.form, value):
+            raise RecipeError(f"--{name}: expected {word.meant}, not {value!r}")
+        found[name] = value or word.usual
+    return found
 
 
 def _quoted(word: str) -> str:

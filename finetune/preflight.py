@@ -109,10 +109,23 @@ def fits(recipe: Recipe, plain: Mapping[str, Any], mode: Mode, base: Base) -> Ea
     from finetune.model.stored import stored
 
     stored(base.name, base.config, recipe.model.quantization, recipe.adapter.method)
+    refuse_in_mode(plain, mode)
+    return read_earlier(recipe.adapter, recipe.model.name_or_path, recipe.model.quantization)
+
+
+def refuse_in_mode(plain: Mapping[str, Any], mode: Mode) -> None:
+    """Refuse what a recipe asks for and its mode cannot do.
+
+    Args:
+        plain: the recipe as plain values.
+        mode: how the run is laid over its processes.
+
+    Raises:
+        RecipeError: with all of it.
+    """
     facts = {**recipe_facts(lambda section, name: plain[section][name]), "parallelism": mode.facts}
     if spread := [f"{row.key}: {row.message()}" for row in refusals(facts, "launch")]:
         raise RecipeError("\n".join(spread))
-    return read_earlier(recipe.adapter, recipe.model.name_or_path, recipe.model.quantization)
 
 
 def fetched(checked: Checked, family: str, base: Base) -> Checked:

@@ -142,6 +142,18 @@ def test_a_job_hands_each_word_on_as_it_was_given(script: Callable[..., Outcome]
     assert found["metadata"]["name"] == "x" * 39
 
 
+@pytest.mark.parametrize("time", ["90", "12:00", "12:00:00", "2-12", "2-00:00:00", "UNLIMITED"])
+def test_a_slurm_job_takes_a_time_as_slurm_writes_it(script: Callable[..., Outcome], time: str) -> None:
+    assert f"#SBATCH --time={time}\n" in script("--time", time).ok().stdout
+
+
+def test_words_of_a_job_that_look_like_numbers_stay_text(script: Callable[..., Outcome]) -> None:
+    printed = script("--for", "skypilot", "--accelerator", "80", "--gpus", "8").ok().stdout
+    assert yaml.safe_load(printed)["resources"]["accelerators"] == "80:8"
+    printed = script("--for", "kubernetes", "output_dir=runs/2").ok().stdout
+    assert yaml.safe_load(printed)["metadata"]["name"] == "2"
+
+
 def test_a_skypilot_job_installs_what_the_recipe_uses(script: Callable[..., Outcome]) -> None:
     assert "[quant,deepspeed]" in script("--for", "skypilot").ok().stdout
     plain = script("--for", "skypilot", "launch.config=ddp", "tracking.trackers=[wandb]").ok().stdout
@@ -162,6 +174,14 @@ def test_a_skypilot_job_names_nodes_and_accelerators(script: Callable[..., Outco
         (("--gpus", "5"), "32 rows cannot be shared evenly by 5 processes"),
         (("launch.num_processes=4",), "the recipe asks for 4 processes and 1 x 8 are 8"),
         (("launch.config=zero9",), "launch.config: zero9 does not exist"),
+        (("adapter.init_lora_weights=pissa",), "adapter.init_lora_weights: "),
+        (("launch.device=cpu",), "launch.device: cpu: a job file asks for accelerators"),
+        (("--image", "mine:1"), "--image: has no effect on a job for slurm, only for kubernetes"),
+        (("--for", "kubernetes", "--accelerator", "A100"), "--accelerator: has no effect on a job for kubernetes"),
+        (("--for", "skypilot", "--time", "1:00:00"), "--time: has no effect on a job for skypilot, only for slurm"),
+        (("--for", "kubernetes", "--image", "a: b"), "--image: expected an image as registry.example/finetune:1.0"),
+        (("--for", "skypilot", "--accelerator", "H100: 3"), "--accelerator: expected a name as H100 or A100-80GB"),
+        (("--time", "x y"), "--time: expected a time as 90, 12:00:00 or 2-00:00:00, not 'x y'"),
     ],
 )
 def test_what_could_not_run_is_refused(script: Callable[..., Outcome], words: tuple[str, ...], said: str) -> None:

@@ -15,9 +15,11 @@ def launch_script(
     scheduler: Annotated[str, typer.Option("--for", help="slurm, kubernetes or skypilot.")] = "slurm",
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     gpus: Annotated[int, typer.Option(min=1, help="Accelerators of each machine.")] = 8,
-    time: Annotated[str, typer.Option(help="Longest run, for slurm.")] = "24:00:00",
-    image: Annotated[str, typer.Option(help="Container image, for kubernetes.")] = "finetune:latest",
-    accelerator: Annotated[str, typer.Option(help="Kind of accelerator, for skypilot.")] = "H100",
+    time: Annotated[str | None, typer.Option(help="Longest run, for slurm; by default 24:00:00.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Container image, for kubernetes; by default finetune:latest.")
+    ] = None,
+    accelerator: Annotated[str | None, typer.Option(help="Kind of accelerator, for skypilot; by default H100.")] = None,
 ) -> None:
     """Print a job file that trains a recipe on a cluster and continues it when its time was over."""
     from finetune import launch_script as story
