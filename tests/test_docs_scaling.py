@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import yaml
 from test_docs import ROOT, blocks
+from test_train_modes import stopped_after
 from tiny import Lab
 from warm import Outcome
 
@@ -32,7 +33,7 @@ def words(line: str) -> list[str]:
 
 def test_commands_are_found_and_those_for_gpus_are_marked() -> None:
     assert len(SCRIPTS) >= 3
-    assert len(RUNS) >= 2
+    assert len(RUNS) >= 3
     assert len(LINES) - len(HERE) >= 8
     for line in RUNS:
         assert line.endswith("# two CPU processes do"), f"{line!r} runs on a CPU, or must say which hardware it needs"
@@ -83,6 +84,12 @@ def test_a_run_of_two_cpu_processes_does_what_it_says(lab: Lab, line: str) -> No
     assert len(named) == len(words(line)) - 1
     launcher = {"finetune": ["-m", "finetune"], "torchrun": ["-m", "torch.distributed.run"]}[named[0]]
     small = [f"model.name_or_path={lab / 'chatml'}", "training.max_steps=2", f"output_dir={lab / 'run'}"]
+    moves = "parallelism" in line
+    if moves:
+        small.append("training.save_steps=1")
+        begun = ["train", named[2], *small, "launch.num_processes=1", "launch.device=cpu"]
+        lab.warm.run(*begun, cwd=ROOT).ok()
+        stopped_after(lab, "run", 1)
     done = subprocess.run(
         [sys.executable, *launcher, *named[1:], *small, "launch.device=cpu"],
         cwd=ROOT, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=280,
@@ -90,5 +97,6 @@ def test_a_run_of_two_cpu_processes_does_what_it_says(lab: Lab, line: str) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "x 2 processes = 8 rows a step" in done.stderr
+    assert moves == ("checkpoint-1" in done.stderr)
     assert len(lab.losses()) == 2
     assert (lab / "run/adapter/adapter_model.safetensors").is_file()
