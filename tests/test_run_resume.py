@@ -333,8 +333,14 @@ def test_fewer_steps_than_are_done_are_refused_and_nothing_is_touched(again: Lab
     assert again.ended()["step"] == 8
 
 
+def test_names_may_be_given_one_by_one(again: Lab) -> None:
+    changes = {**CHANGES, "training.learning_rate": 0.02, "training.seed": 7}
+    outcome = again.train(changes, "--allow-drift", "learning_rate", "--allow-drift", "seed").ok()
+    assert outcome.stderr.count("accepted: training.") == 2
+
+
 def test_a_misspelt_name_is_refused_at_once(again: Lab) -> None:
-    outcome = again.train(CHANGES, "--allow-drift", "learning_rat")
+    outcome = again.train(CHANGES, "--allow-drift", "learning_rat", "--allow-drift", "seed")
     assert outcome.returncode == 2
     assert "did you mean learning_rate" in outcome.stderr
 

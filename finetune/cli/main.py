@@ -79,18 +79,19 @@ def train(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what an earlier run left in output_dir.")] = False,
     allow_drift: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             metavar="NAME,...",
-            help="Continue a run although these have changed, as data,learning_rate; a refusal lists the names.",
+            help="Continue a run although these have changed, as data,learning_rate; a refusal lists the names. "
+            "May be given more than once.",
         ),
-    ] = "",
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Adapt a base model as a recipe says. The same command continues a run that was stopped."""
     from finetune import train as story
 
-    names = [name.strip() for name in allow_drift.split(",") if name.strip()]
+    names = [name.strip() for name in ",".join(allow_drift or []).split(",") if name.strip()]
     facts = story.run(
         recipe, overrides or [], overwrite=overwrite, allow_drift=names, as_json=as_json, own_process=True
     )
