@@ -1,22 +1,32 @@
 """What a save costs the training loop, beside the stock Trainer's save of the same state.
 
-    python benchmarks/checkpoint.py                  # a few minutes on two CPU cores
+    python benchmarks/checkpoint.py                  # ten minutes on two CPU cores; quote this on a quiet machine
     python benchmarks/checkpoint.py --r 64 --rounds 1
     python benchmarks/checkpoint.py --mode zero2     # two processes; stock is DeepSpeed's own save then
 
-A random Llama of 9 million parameters, LoRA of rank `--r` on all linear layers, `--steps` steps with a save every
-`--every`. All variants run the same loop, finetune's, on the same rows (data/tickets); they differ in the saves alone:
+A random Llama of 9 million parameters, LoRA of rank `--r` on all linear layers, `--saves` saves, one every 2 ×
+`--every` steps. All variants run the same loop, finetune's, on copies of one row, so that all steps compute the same;
+they differ in the saves alone:
 
     none     no saves
     stock    transformers' own `_save_checkpoint` into the same file system: pickled, in place, not fsynced
     ours     finetune's: copied, then hashed, fsynced and opened again beside the training
 
+`lost` is what the loop loses by a save, whatever the reason: it stands still, it asks how far the save is, the writing
+takes its share of the cores and the disk. It is measured in pairs, within a run: the time of the `--every` steps that
+begin with a save, less the mean of as many steps before and after them, which have none. Slow drift of the machine
+cancels out. Beside the median over the pairs of all rounds stand the bounds between which the true median lies with 95
+% confidence, by the order of the pairs alone (a little less, for neighbours share steps). The same figure of the runs
+without saves is the noise of the machine, and what is not well beyond that has not been measured. Writes that go on for
+longer than `--every` steps are counted, because the steps after them are not free of a save: raise `--every` then.
+
 `blocked` is the time that the loop stands in a save, and after the following steps to ask how far it is, the median
-over saves; with `--mode` that of rank 0. And `CPU` is how much of it its thread
-computes, which is the better figure on a busy machine. `lost` is what the whole loop takes longer than without saves,
-for each save: it also holds what the writing takes from the training's share of the cores and the disk. `hash`, `fsync`
-and `write` are milliseconds of the thread that writes, for each save. Variants take turns, so that a machine whose
-speed drifts treats all alike; quote ratios.
+over saves; with `--mode` that of rank 0. `CPU` is how much of it its thread computes, which is the better figure on a
+busy machine. Beside it stands what happens once a run: the `probe`, as long as the loop stands still for it, and the
+`last wait`, for the final checkpoint. `run` is what the whole loop takes longer than without saves, these two included,
+for each save; two runs without saves stand in each round, whose difference is its noise. `hash`, `fsync` and `write`
+are milliseconds of the thread that writes, for each write. Variants take turns, forwards and backwards, so that a
+machine whose speed drifts treats all alike; quote ratios.
 """
 
 from __future__ import annotations
@@ -24,11 +34,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +53,10 @@ from finetune.run.launch import free_port
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tests" / "tokenizers" / "chatml"
 VARIANTS = ("none", "stock", "ours")
+TURNS = ("none", "stock", "ours", "none")  # of a round; the next goes backwards
 BATCH = 1
+ROWS = 64
+FEWEST = 6  # pairs, of which the least and the greatest bound the median with 95 %
 
 
 def make_base(folder: Path) -> None:
@@ -62,7 +77,13 @@ def make_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(variant: str, folder: Path, r: int, steps: int, every: int, mode: str) -> dict[str, Any]:
+def make_rows(path: Path) -> None:
+    """Write copies of the longest ticket: every step computes the same."""
+    lines = (ROOT / "data" / "tickets" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    path.write_text("".join(f"{max(lines, key=len)}\n" for _ in range(ROWS)), encoding="utf-8")
+
+
+def measure(variant: str, folder: Path, r: int, saves: int, every: int, mode: str) -> dict[str, Any]:
     """One run in this process."""
     import shutil
 
@@ -71,6 +92,7 @@ def measure(variant: str, folder: Path, r: int, steps: int, every: int, mode: st
 
     import finetune.run.trainer as module
     from finetune import files
+    from finetune.run.checkpoint_saver import Saver
     from finetune.train import run
 
     torch.set_num_threads(1)
@@ -79,6 +101,10 @@ def measure(variant: str, folder: Path, r: int, steps: int, every: int, mode: st
     blocked: list[float] = []
     computed: list[float] = []
     loop: list[float] = []
+    ended: list[float] = []  # seconds of each wait for a write, of which the last is that of the end
+    stamps: dict[int, float] = {}  # when the step's own work was done, before a save after it
+    probe = late = 0.0
+    steps = 2 * every * saves
     ours = module.Trainer
 
     class Timed(ours):  # type: ignore[misc, valid-type]
@@ -98,28 +124,42 @@ def measure(variant: str, folder: Path, r: int, steps: int, every: int, mode: st
             computed.append(time.thread_time() - computing)
 
     if variant == "stock":
-        Timed._get_output_dir = lambda self, trial=None: str(self.folder.checkpoints)  # type: ignore[attr-defined]
-    after_step = module.Saver.on_step_end
+        Timed._get_output_dir = lambda self, trial=None: str(self.folder.checkpoints)
+    after_step, finish = Saver.on_step_end, Saver.finish
 
-    def asked(self: Any, *arguments: Any, **named: Any) -> None:
+    def asked(self: Any, args: Any, state: Any, control: Any, **named: Any) -> None:
+        nonlocal probe, late
         began, computing = time.perf_counter(), time.thread_time()
-        after_step(self, *arguments, **named)
+        stamps[state.global_step] = began
+        if variant != "ours":
+            return
+        if state.global_step % (2 * every) == every and blocked:
+            late += self._writer.busy or self._parts is not None
+        after_step(self, args, state, control, **named)
+        took = time.perf_counter() - began
         if blocked:
-            blocked[-1] += time.perf_counter() - began
+            blocked[-1] += took
             computed[-1] += time.thread_time() - computing
+        else:
+            probe += took
 
-    module.Saver.on_step_end = asked  # type: ignore[method-assign]
+    def waited(self: Any) -> None:
+        began = time.perf_counter()
+        finish(self)
+        ended.append(time.perf_counter() - began)
+
+    Saver.finish = waited  # type: ignore[method-assign]
+    Saver.on_step_end = asked  # type: ignore[method-assign]
     if variant != "ours":
-        module.Saver.on_step_end = lambda *arguments, **named: None  # type: ignore[method-assign]
-        module.Saver.insist = lambda *arguments: None  # type: ignore[method-assign]
+        Saver.insist = lambda *arguments: None  # type: ignore[method-assign]
     module.Trainer = Timed  # type: ignore[misc]
     _time_parts(files, spent)
     recipe = {
         "model": {"name_or_path": str(folder / "base"), "dtype": "float32"},
         "adapter": {"r": r, "lora_alpha": r},
-        "data": {"train": str(ROOT / "data" / "tickets" / "train.jsonl"), "max_length": 512},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": 512},
         "training": {
-            "max_steps": steps, "num_train_epochs": 1000, "global_batch_size": BATCH * ranks, "save_steps": every,
+            "max_steps": steps, "num_train_epochs": 1000, "global_batch_size": BATCH * ranks, "save_steps": 2 * every,
             "warmup_steps": 0,
         },
         "launch": {"device": "cpu", **({"config": mode} if mode != "one" else {})},
@@ -134,11 +174,37 @@ def measure(variant: str, folder: Path, r: int, steps: int, every: int, mode: st
     size = sum(path.stat().st_size for path in newest[-1].rglob("*") if path.is_file()) if newest else 0
     shutil.rmtree(folder / variant)
     middle = slice(1, -1)  # the first finds cold caches
+    writes = len(blocked) + (variant == "ours")  # the probe is written too
     return {
         "variant": variant, "loop": loop[0], "blocked": statistics.median(blocked[middle]),
-        "computed": statistics.median(computed[middle]), "bytes": size,
-        "saves": len(blocked), **{name: seconds / max(1, len(blocked)) for name, seconds in spent.items()},
+        "computed": statistics.median(computed[middle]), "bytes": size, "saves": len(blocked), "probe": probe,
+        "last": ended[-1], "late": late, "lost": lost(stamps, every, saves),
+        **{name: seconds / writes for name, seconds in spent.items()},
     }  # fmt: skip
+
+
+def lost(stamps: dict[int, float], every: int, saves: int) -> list[float]:
+    """Seconds that the steps after each save took longer than those before it and after them, but for the first and the
+    last save.
+    """
+    found = []
+    for step in range(4 * every, 2 * every * saves, 2 * every):
+        before, with_save, after = (stamps[at + every] - stamps[at] for at in (step - every, step, step + every))
+        found.append(with_save - (before + after) / 2)
+    return found
+
+
+def between(values: list[float]) -> tuple[float, float, float]:
+    """Median, and bounds of the true median at 95 %: each value is as likely above it as below, whatever else it is.
+
+    With fewer than six values the bounds are the least and the greatest, and hold with less confidence.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, chance = 0, 0.0
+    while 2 * (chance := chance + math.comb(count, outside) / 2**count) <= 0.05:
+        outside += 1
+    below = max(0, outside - 1)
+    return statistics.median(ordered), ordered[below], ordered[count - 1 - below]
 
 
 def _time_parts(files: Any, spent: dict[str, float]) -> None:
@@ -160,7 +226,8 @@ def _time_parts(files: Any, spent: dict[str, float]) -> None:
     def fsync(descriptor: Any) -> None:
         began = time.perf_counter()
         true_fsync(descriptor)
-        spent["fsync"] += time.perf_counter() - began
+        if threading.current_thread() is not threading.main_thread():  # which writes the run's other files
+            spent["fsync"] += time.perf_counter() - began
 
     def write_hashed(path: Path, chunks: Any) -> Any:
         began = time.perf_counter()
@@ -174,14 +241,14 @@ def _time_parts(files: Any, spent: dict[str, float]) -> None:
     import finetune.run.checkpoint as checkpoint
     import finetune.run.checkpoint_tree as tree
 
-    os.fsync = fsync
+    os.fsync = fsync  # type: ignore[assignment]
     checkpoint.write_hashed = tree.write_hashed = write_hashed  # type: ignore[attr-defined]
 
 
 def child(variant: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
     """One run in a process of its own, or in two with a mode; what rank 0 measured."""
     words = [sys.executable, __file__, "--child", variant, folder, "--r", str(given.r), "--mode", given.mode]
-    words += ["--steps", str(given.steps), "--every", str(given.every)]
+    words += ["--saves", str(given.saves), "--every", str(given.every)]
     count = 1 if given.mode == "one" else 2
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     started = [
@@ -204,40 +271,75 @@ def main() -> None:
     """Measure all variants in turn and print a table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--r", type=int, default=256)
-    options.add_argument("--steps", type=int, default=60)
-    options.add_argument("--every", type=int, default=10)
+    options.add_argument("--saves", type=int, default=6)
+    options.add_argument("--every", type=int, default=8)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--mode", choices=("one", "zero1", "zero2", "zero3"), default="one")
     options.add_argument("--child", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     given = options.parse_args()
-    if given.steps < 3 * given.every:
-        options.error("--steps: at least three times --every, for the first and the last save are left out")
+    if given.saves < 3:
+        options.error("--saves: at least three, for the first and the last are left out")
     if given.child:
         variant, folder = given.child[0], Path(given.child[1])
-        print(json.dumps(measure(variant, folder, given.r, given.steps, given.every, given.mode)))
+        print(json.dumps(measure(variant, folder, given.r, given.saves, given.every, given.mode)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_base(folder / "base")
-        found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
-        for _ in range(given.rounds):
-            for variant in VARIANTS:
-                found[variant].append(child(variant, temporary, given))
-                print(found[variant][-1], file=sys.stderr)
-    print(
-        "| saves | state, MB | loop, s | blocked, ms a save | CPU, ms a save | lost, ms a save | hash | fsync | write |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    middle = {
-        variant: {key: statistics.median(one[key] for one in runs) for key in runs[0] if key != "variant"}
-        for variant, runs in found.items()
-    }
-    for variant, one in middle.items():
-        lost = (one["loop"] - middle["none"]["loop"]) / one["saves"] * 1000 if one["bytes"] else 0
-        parts = " | ".join(f"{one[part] * 1000:.0f}" for part in ("hash", "fsync", "write"))
-        figures = f"{one['bytes'] / 1e6:.0f} | {one['loop']:.2f} | {one['blocked'] * 1000:.1f} | "
-        figures += f"{one['computed'] * 1000:.1f} | {lost:.0f}"
-        print(f"| {variant} | {figures} | {parts} |")
+        make_rows(folder / "rows.jsonl")
+        rounds: list[list[dict[str, Any]]] = []
+        for number in range(given.rounds):
+            rounds.append([])
+            for variant in TURNS if number % 2 == 0 else reversed(TURNS):
+                rounds[-1].append(child(variant, temporary, given))
+                print(rounds[-1][-1], file=sys.stderr)
+    report(rounds)
+
+
+def report(rounds: list[list[dict[str, Any]]]) -> None:
+    """Print the table, how ours compares, and what was not measured."""
+    names = ("saves", "state, MB", "lost, ms a save (95 %)", "blocked", "CPU", "probe", "last wait", "run", "hash",
+             "fsync", "write")  # fmt: skip
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    told: dict[str, tuple[float, float, float]] = {}
+    for variant in VARIANTS:
+        runs = [one for turns in rounds for one in turns if one["variant"] == variant]
+        told[variant] = between([value for one in runs for value in one["lost"]])
+
+        def middle(key: str, runs: list[dict[str, Any]] = runs) -> float:
+            return statistics.median(one[key] for one in runs)
+
+        longer = statistics.median(_longer(turns, variant) for turns in rounds)
+        figures = [
+            f"{middle('bytes') / 1e6:.0f}",
+            "{:.0f} ({:.0f} to {:.0f})".format(*(1000 * v for v in told[variant])),
+        ]
+        figures += [f"{1000 * middle(key):.1f}" for key in ("blocked", "computed")]
+        figures += [f"{1000 * value:.0f}" for value in (middle("probe"), middle("last"), longer)]
+        figures += [f"{1000 * middle(key):.0f}" for key in ("hash", "fsync", "write")]
+        print(f"| {variant} | {' | '.join(figures)} |")
+    pairs = sum(len(one["lost"]) for turns in rounds for one in turns if one["variant"] == "ours")
+    print(f"\n{pairs} pairs of ours, as many of stock, twice as many of none; `run` of none is its noise")
+    if late := sum(one["late"] for turns in rounds for one in turns):
+        print(f"{late:.0f} writes went on beyond their steps, so that `lost` is too small: raise --every")
+    (ours, low, high), (stock, least, most) = told["ours"], told["stock"]
+    if pairs < FEWEST:
+        print(f"lost: not measured by fewer than {FEWEST} pairs; take more rounds or saves")
+    elif least > max(0, told["none"][2]):
+        ratio = f"{ours / stock:.2f} of stock's, between {max(0.0, low) / most:.2f} and {high / least:.2f}"
+        print(f"lost by ours: {ratio} by the bounds of both")
+    else:
+        print("lost by stock is not beyond the noise: not measured; take more rounds, or a quieter machine")
+
+
+def _longer(turns: list[dict[str, Any]], variant: str) -> float:
+    """Seconds a save by which a round's run of a variant took longer than those without; of none, how these differ."""
+    without = [one["loop"] for one in turns if one["variant"] == "none"]
+    saves = turns[0]["saves"]
+    if variant == "none":
+        return (max(without) - min(without)) / saves
+    (its,) = (one["loop"] for one in turns if one["variant"] == variant)
+    return (its - statistics.mean(without)) / saves
 
 
 if __name__ == "__main__":
