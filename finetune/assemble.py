@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExitCode, ModelError
+from finetune.errors import ModelError
 from finetune.preflight import Checked
 from finetune.ready import Process, Ready, derived_of
 from finetune.recipe.loaded import LoadedRecipe
@@ -16,13 +16,11 @@ if TYPE_CHECKING:
     from finetune.model.earlier import Earlier
     from finetune.model.folder import Base
     from finetune.model.load import Attention
-    from finetune.run.callbacks import StopSignal
-    from finetune.run.ranks import World
     from finetune.run.trainer import Trainer
     from finetune.run.watch import Watch
 
 
-def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> Ready:
+def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies, watch: Watch) -> Ready:
     """Load the base, attach the adapter, and build the trainer; all processes of the run call it at once.
 
     Raises:
@@ -32,7 +30,7 @@ def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies:
 
     from finetune.model.load import attention
     from finetune.run.arguments import trainer_arguments
-    from finetune.run.callbacks import MetricsFile, Progress
+    from finetune.run.callbacks import MetricsFile, Progress, StopSignal
     from finetune.run.ranks import prove_world
 
     recipe, launched, data = loaded.recipe, process.launched, supplies.data
@@ -47,7 +45,9 @@ def assemble(loaded: LoadedRecipe, checked: Checked, process: Process, supplies:
     if other := _other_base(checked.earlier, supplies.base, hashes):
         raise ModelError(other)
     built = _model(loaded, checked, process, supplies, arguments, attn)
-    stopper, watch = _guards(loaded, checked, launched)
+    watch.wait_for_all("loaded")
+    watch.note("build")
+    stopper = StopSignal(watch.hurry)
     metrics = MetricsFile(checked.folder, recipe.training.on_save_error, partial(process.say, "warning"))
     guards = [watch, metrics, Progress(), stopper]
     trainer, packing = _trainer(loaded, checked, process, supplies, arguments, attn, built, guards)
@@ -124,22 +124,6 @@ def _other_base(earlier: Earlier | None, base: Base, hashes: dict[str, str]) -> 
         f"adapter.continue_from: {base.name} is not the base that the adapter in {earlier.folder} was trained on: "
         f"{', '.join(changed)} changed since; name that base"
     )
-
-
-def _guards(loaded: LoadedRecipe, checked: Checked, launched: World) -> tuple[StopSignal, Watch]:
-    """What ends a run that is told to stop, and one that gets no further."""
-    from finetune.run.callbacks import StopSignal
-    from finetune.run.ending import leave_word
-    from finetune.run.launch import tell_hang
-    from finetune.run.watch import Watch
-
-    def hung(verdict: str, step: int) -> None:
-        reason = f"{verdict}; stacks are in {checked.folder.hang}. The same command continues from the last checkpoint"
-        if launched.is_main or not checked.folder.exit.exists():  # rank 0 may have said why it ended
-            leave_word(checked.folder, ExitCode.HANG, reason, step)
-        tell_hang(reason)
-
-    return StopSignal(), Watch(launched, checked.folder.hang, loaded.recipe.launch.timeout, hung)
 
 
 def _trainer(

@@ -13,21 +13,32 @@ if TYPE_CHECKING:
 
 def finish(ready: Ready, seconds: float) -> dict[str, Any]:
     """Measure, save, prove; empty on ranks other than 0."""
-    from finetune.run.restart import report
+    from finetune.run.wait import from_main_in_time
 
-    trainer, data, checked = ready.trainer, ready.data, ready.checked
+    trainer, data = ready.trainer, ready.data
     figures: dict[str, Any] = {"steps": trainer.state.global_step}
     if data.validation is not None:
         figures["validation_loss"] = round(trainer.last_validation_loss(), 4)
     state = _whole_state(trainer, ready.launched, whole=not ready.built.targets)
-    if not ready.launched.is_main:
-        return {}
+    seconds = round(seconds, 1)
+    if ready.launched.size == 1:
+        return _saved(ready, state, figures, seconds)
+    # The others stay until the product is saved, and see to it that rank 0 lives.
+    facts: dict[str, Any] = from_main_in_time(ready.launched, lambda: _saved(ready, state, figures, seconds))
+    return facts if ready.launched.is_main else {}
+
+
+def _saved(ready: Ready, state: dict[str, Any] | None, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Save and prove, on rank 0; what the run reports."""
+    from finetune.run.restart import report
+
+    trainer, checked = ready.trainer, ready.checked
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     speeds = sorted(entry["tokens_per_second"] for entry in history)
     figures |= {
         "final_loss": round(history[-1]["loss"], 4),
         "tokens_per_second": speeds[len(speeds) // 2],
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
     }
     product, proof = _save(ready, state, figures)
     ready.say("saved", f"{product}: {proof['tensors']} tensors, reopened from disk and equal to the trained ones")

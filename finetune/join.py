@@ -13,11 +13,13 @@ from finetune.recipe.loaded import LoadedRecipe
 
 if TYPE_CHECKING:
     from finetune.run.modes import Mode
+    from finetune.run.watch import Watch
     from finetune.supply import Supplies
 
 
-def join(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
-    """Form the group, compare what its processes hold, and have compiled what one process compiles for its host.
+def join(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies, watch: Watch) -> None:
+    """Form the group, watch it from then on, compare what its processes hold, and have compiled what one process
+    compiles for its host.
 
     Raises:
         HangError: not all processes came in time.
@@ -26,22 +28,23 @@ def join(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Sup
     """
     from finetune.run.modes import compiles
 
-    _form(process, loaded.recipe.launch.timeout, checked.mode)
+    _form(process, watch, checked.mode)
     _agree(loaded, checked, process, supplies)
     _see_room(loaded, checked, process, supplies)
     if compiles(checked.mode):
         _compile_optimizer(process)
 
 
-def _form(process: Process, timeout: float, mode: Mode) -> None:
+def _form(process: Process, watch: Watch, mode: Mode) -> None:
     """The process group, where it is not formed already; operations wait longer in it than the watchdog does."""
     from finetune.run import ranks
-    from finetune.run.watch import GRACE
+    from finetune.run.watch import FIRST_STEP, GRACE
 
-    ranks.start(process.launched, process.hardware.device, timeout + GRACE, mode)
+    ranks.start(process.launched, process.hardware.device, max(watch.timeout, FIRST_STEP) + GRACE, mode)
+    watch.begin()
 
 
-def as_rank_0_found(checked: Checked, process: Process, timeout: float) -> Checked:
+def as_rank_0_found(checked: Checked, process: Process, watch: Watch) -> Checked:
     """What a launcher's restart found in the run folder, on all ranks alike; the group is formed for that.
 
     Raises:
@@ -49,7 +52,7 @@ def as_rank_0_found(checked: Checked, process: Process, timeout: float) -> Check
     """
     from finetune.run import ranks
 
-    _form(process, timeout, checked.mode)
+    _form(process, watch, checked.mode)
     overwrite, finished = ranks.from_main(process.launched, lambda: (checked.overwrite, checked.finished))
     return replace(checked, overwrite=overwrite, finished=finished)
 

@@ -29,6 +29,7 @@ from finetune.errors import (
     StoppedError,
 )
 from finetune.finish import finish
+from finetune.guards import watch_of, watched
 from finetune.join import as_rank_0_found, end_finished, join, remove_stale_locks
 from finetune.lean import hide, import_all, pause_collector
 from finetune.preflight import Checked, check, fetched
@@ -173,21 +174,18 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool, early: Ear
     def explained(error: BaseException) -> BaseException:
         return as_fault(error, lambda: advice(loaded, checked, process, supplies) if supplies else ())
 
+    watch = watch_of(recipe.launch.timeout, checked, process.launched)
     # Told before the group is left, over which the others break down.
-    with ranks.left_afterwards(), told_to_launcher():
-        try:
-            if is_restart(os.environ):
-                checked = as_rank_0_found(checked, process, recipe.launch.timeout)
-                if checked.finished is not None:
-                    return end_finished(checked, process, checked.finished)
-            supplies = supply(loaded, checked, process)
-            checked = fetched(checked, recipe.model.family, supplies.base)
-            join(loaded, checked, process, supplies)
-            return _run(assemble(loaded, checked, process, supplies), explained, early)
-        except Exception as error:
-            if (shown := explained(error)) is error:
-                raise
-            raise shown from error
+    with ranks.left_afterwards(), told_to_launcher(), watched(watch, checked, explained):
+        if is_restart(os.environ):
+            checked = as_rank_0_found(checked, process, watch)
+            if checked.finished is not None:
+                return end_finished(checked, process, checked.finished)
+        supplies = supply(loaded, checked, process)
+        checked = fetched(checked, recipe.model.family, supplies.base)
+        watch.wait_for_all("supplied")
+        join(loaded, checked, process, supplies, watch)
+        return _run(assemble(loaded, checked, process, supplies, watch), explained, early)
 
 
 def _run(ready: Ready, explained: Callable[[BaseException], BaseException], early: EarlyStop) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from finetune.run import watch as module
+from finetune.run.beat import Beat
 from finetune.run.launch import free_port
 from finetune.run.ranks import World
-from finetune.run.watch import Beat, Watch
+from finetune.run.watch import Watch
 
 
 def beat(rank: int) -> Beat:
@@ -30,7 +31,10 @@ def test_after_the_last_step_a_rank_that_is_well_is_still_heard(
     port, said = free_port(), []
     server = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     stores: list[Any] = [server, dist.TCPStore("127.0.0.1", port, None, False)]
-    watches = [Watch(World(rank, 0, 2), tmp_path, 60, lambda verdict, step: said.append(verdict)) for rank in (0, 1)]
+    watches = [
+        Watch(World(rank, 0, 2), lambda: tmp_path, 60, lambda code, verdict, step: said.append(verdict))
+        for rank in (0, 1)
+    ]
     given: Any = {"args": None, "state": None, "control": None}
     for rank, (watch, store) in enumerate(zip(watches, stores, strict=True)):
         monkeypatch.setattr(watch, "_beat", lambda rank=rank: beat(rank))

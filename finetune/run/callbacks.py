@@ -166,9 +166,14 @@ class StopSignal(TrainerCallback):
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, hurry: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            hurry: called at the first signal, in the handler.
+        """
         self.received: int | None = None
         self.stopped = False
+        self._hurry = hurry
         self._group: Any = None
         self._previous: dict[int, Any] = {}
 
@@ -188,6 +193,7 @@ class StopSignal(TrainerCallback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+        self._hurry()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any

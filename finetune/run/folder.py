@@ -38,6 +38,7 @@ from finetune.files import (
     write_json,
     write_text,
 )
+from finetune.run import stacks
 from finetune.run.pulse import lives
 
 FORMAT = 2  # of a checkpoint's folder; others are passed over
@@ -291,7 +292,7 @@ def claim(
         raise RefusedError(f"output_dir: {root}: {above} is a file; choose a folder")
     with disk_errors(root):
         _can_be_made(root)
-        empty = not any(path.is_file() for path in root.rglob("*"))  # or the empty folders of a start cut short
+        empty = stacks.are_all(root)  # or the empty folders of a start cut short
     if empty:
         return folder, False
     if not folder.is_run():

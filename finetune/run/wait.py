@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from finetune.run.ranks import World, from_all, from_main
+from finetune.run.ranks import World, from_all
 
 BEAT = 1.0  # seconds between two words of rank 0
 SILENT = 10.0  # seconds after which a reader wonders
@@ -38,9 +38,9 @@ def from_main_in_time(launched: World, make: Callable[[], Any], long: Callable[[
         if launched.is_main:
             thread.join(BEAT)
             waited += BEAT
-        outcome = from_main(launched, lambda: box[0] if box else None)
+        outcome = from_all(launched, box[0] if box else None)[0]  # rank 0, too, waits here for one that is stopped
         if outcome is not None:
-            made, error = outcome
+            made, error = box[0] if launched.is_main else outcome
             if error is not None:
                 raise error
             return made
