@@ -197,6 +197,21 @@ def train(argv: list[str]) -> int:
         return story(argv)
 
 
+def nan_once(argv: list[str]) -> int:
+    """The command line in a process whose loss is no number at the step that FAULT names, once it is computed."""
+    from finetune.cli.main import main as command_line
+    from finetune.run.trainer import Trainer
+
+    true = Trainer.compute_loss
+
+    def compute_loss(self: Any, *given: Any, **named: Any) -> Any:
+        loss = true(self, *given, **named)
+        return loss * float("nan") if self.state.global_step + 1 == int(os.environ["FAULT"]) else loss
+
+    Trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    return command_line(argv)
+
+
 def no_pickle(argv: list[str]) -> int:
     """The command line in a process that may unpickle no class or function from a file of the run."""
     from finetune.cli.main import main as command_line

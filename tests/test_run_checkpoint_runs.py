@@ -311,6 +311,18 @@ def test_the_last_write_is_waited_for_by_all_ranks(lab: Lab, way: str) -> None:
     assert whole(lab)
 
 
+def test_after_a_step_that_was_not_made_the_run_goes_on_to_the_same_bits(lab: Lab) -> None:
+    """Its dropout has drawn random numbers; and its loss is in no line of the log."""
+    changes = {**LORA, "training.logging_steps": 4}
+    lab.train({**changes, "output_dir": "whole"}).ok()
+    outcome = lab.train(changes, entry="faults:nan_once", env=faults("7"))
+    assert outcome.returncode == 76, outcome.stderr
+    assert "checkpoint-6 holds the state before it" in outcome.stderr
+    lab.train(changes).ok()
+    assert lab.adapter() == lab.adapter("whole")
+    assert lab.losses() == lab.losses("whole")
+
+
 # -- a second signal -------------------------------------------------------------------------------------------------
 
 

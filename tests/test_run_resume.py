@@ -355,6 +355,52 @@ def test_the_rows_may_move_and_what_does_not_touch_the_weights_may_change(again:
     assert [line["step"] for line in again.metrics() if "loss" in line] == [*range(1, 10), 12]
 
 
+def test_a_line_of_the_log_is_of_all_its_steps_though_the_run_was_cut_between_them(lab: Lab) -> None:
+    changes = {**CHANGES, "training.logging_steps": 5}
+    lab.train({**changes, "output_dir": "whole"}).ok()
+    env = _faults({"FAULT": "kill:1:.checkpoint-12.tmp"})
+    assert lab.train(changes, entry="faults:main", env=env).returncode == -9
+    lab.train(changes).ok()
+    logs = [
+        [(line["step"], line.get("loss"), line.get("trained_tokens")) for line in lab.metrics(run) if "loss" in line]
+        for run in ("run", "whole")
+    ]
+    assert [step for step, *_ in logs[0]] == [1, 5, 10, 12]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+def test_a_line_of_the_log_of_two_ranks_is_of_all_its_steps_also_where_one_goes_on(lab: Lab, mode: str) -> None:
+    changes = {**CHANGES, "training.logging_steps": 5, "training.per_device_train_batch_size": 1}
+    changes |= {"launch.config": mode} if mode != "ddp" else {}
+    for outcome in lab.warm.ranks(2, lab.recipe({**changes, "output_dir": "whole"}), cwd=lab.folder):
+        outcome.ok()
+    recipe = lab.recipe(changes)
+    env = _faults({"FAULT": "kill:1:.checkpoint-12.tmp"})
+    children = lab.warm.start_ranks(2, recipe, cwd=lab.folder, entry="faults:train", env=env)
+    assert children[0].wait(60).returncode == -9
+    for child in children:
+        child.kill()
+    shutil.copytree(lab / "run", lab / "one")
+    for outcome in lab.warm.ranks(2, recipe, cwd=lab.folder):
+        outcome.ok()
+    alone = {name: value for name, value in changes.items() if name != "launch.config"} | {"output_dir": "one"}
+    lab.train(
+        {**alone, "training.per_device_train_batch_size": 2},
+        "--allow-drift",
+        "world_size,parallelism,per_device_train_batch_size",
+    ).ok()
+    logs = {
+        run: [[line[key] for key in ("step", "loss", "trained_tokens")] for line in lab.metrics(run) if "loss" in line]
+        for run in ("run", "one", "whole")
+    }
+    assert logs["run"] == logs["whole"]
+    assert [line[0] for line in logs["one"]] == [line[0] for line in logs["whole"]]
+    assert [line[2] for line in logs["one"]] == [line[2] for line in logs["whole"]]
+    assert [line[1] for line in logs["one"]] == pytest.approx([line[1] for line in logs["whole"]], rel=0.05)
+
+
 def test_a_run_that_goes_on_is_measured_as_often_as_its_recipe_now_says(lab: Lab) -> None:
     rows = chats(24)
     write_rows(lab / "train.jsonl", rows[:16])

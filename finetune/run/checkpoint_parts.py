@@ -30,7 +30,6 @@ from finetune.run.checkpoint_state import (
     WEIGHT,
     Snapshot,
     adapter_config,
-    rng_state,
     trainer_state,
 )
 from finetune.run.checkpoint_tree import Copies, Unfit, flatten, json_bytes
@@ -56,13 +55,16 @@ def _is_beside(slot: Slot, value: Tensor) -> bool:
     return local(value).numel() == slot.flat.numel() and value.is_floating_point() and value.element_size() > 1
 
 
-def snapshot_part(trainer: Trainer, layout: Layout, by_number: bool, copies: Copies) -> Snapshot:
+def snapshot_part(
+    trainer: Trainer, layout: Layout, by_number: bool, own_state: dict[str, Any], copies: Copies
+) -> Snapshot:
     """Copy what this process holds between two steps; all processes call it, for the adapter is brought together.
 
     Args:
         trainer: of the run.
         layout: of the trainer.
         by_number: whether `is_by_number` holds on all processes.
+        own_state: what this process alone knows (run/checkpoint_own.py).
         copies: makes the copies; those of the last snapshot are given up.
 
     Raises:
@@ -90,7 +92,7 @@ def snapshot_part(trainer: Trainer, layout: Layout, by_number: bool, copies: Cop
         "pieces": {piece.name: [piece.start, piece.count] for slot in layout.slots for piece in slot.pieces},
         "counts": counts,
         "own": own,
-        "random": flatten(rng_state(args.device), copies)[0],
+        "random": flatten(own_state, copies)[0],
     }
     rank = args.process_index
     tensors = {f"part-{rank}.safetensors": held}

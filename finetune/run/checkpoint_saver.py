@@ -28,8 +28,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.errors import DiskError, ExportError, RefusedError
 from finetune.files import disk_errors
 from finetune.run.checkpoint import begin, commit_parts, lay, staging_of, write
+from finetune.run.checkpoint_own import Window, own_state, rng_state
 from finetune.run.checkpoint_parts import is_by_number, snapshot_part
-from finetune.run.checkpoint_state import adapter_config, places, rng_state, snapshot, trained_weights
+from finetune.run.checkpoint_state import adapter_config, places, snapshot, trained_weights
 from finetune.run.checkpoint_tree import Copies
 from finetune.run.checkpoint_wait import is_busy_anywhere, newest_known, together, until_written
 from finetune.run.checkpoint_writer import Writer
@@ -91,8 +92,15 @@ class Saver(TrainerCallback):
         self._probed = False  # whether the first write of this process was begun
         self._first = True  # whether the last write that was begun is that
         self._parts: _Parts | None = None
+        self._begun: tuple[dict[str, Any], Window] | None = None  # what it alone knew before the step under way
 
     # -- when --------------------------------------------------------------------------------------------------------
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Keep what the step changes before it can turn out not to be made."""
+        self._begun = self._taken()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Raise what the last write failed with, and probe once, unless this very step is saved anyway."""
@@ -107,12 +115,16 @@ class Saver(TrainerCallback):
         """The run goes on from the checkpoint of `step`, which is not to be written again."""
         self.newest = self._asked = step
 
-    def save(self) -> None:
-        """Begin a checkpoint of this step; all ranks call it."""
+    def save(self, undone: bool = False) -> None:
+        """Begin a checkpoint of this step; all ranks call it.
+
+        Args:
+            undone: the next step has begun, and will not be made: random numbers are those from before it.
+        """
         if self._asked == self._trainer.state.global_step:
             return
         self._asked = self._trainer.state.global_step
-        self._save(keep=True)
+        self._save(keep=True, undone=undone)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk; all ranks call it, and know afterwards which one stands.
@@ -181,8 +193,13 @@ class Saver(TrainerCallback):
 
     # -- how ---------------------------------------------------------------------------------------------------------
 
-    def _save(self, keep: bool) -> None:
+    def _taken(self) -> tuple[dict[str, Any], Window]:
+        """What this rank alone knows, now; no accelerator is waited for."""
+        return rng_state(self._trainer.args.device), self._trainer.window()
+
+    def _save(self, keep: bool, undone: bool = False) -> None:
         trainer = self._trainer
+        mine = own_state(*(self._begun if undone and self._begun else self._taken()))
         began = time.monotonic()
         step = trainer.state.global_step
         target = self._folder.checkpoints / f"checkpoint-{step}"
@@ -192,11 +209,11 @@ class Saver(TrainerCallback):
             if self._parts is not None:
                 self._proceed(wait=True)
             self._first = first
-            self._begin_parts(target, keep)
+            self._begin_parts(target, keep, mine)
         else:
             self.finish()
             self._first = first
-            ranks = self._gathered(step)
+            ranks = self._gathered(step, mine)
             if trainer.args.should_save:
                 where, config = self._places
                 taken = snapshot(trainer, where, config, ranks, self._copies)
@@ -261,10 +278,9 @@ class Saver(TrainerCallback):
         dist.all_reduce(odd, op=dist.ReduceOp.MAX)
         return not odd.item()
 
-    def _gathered(self, step: int) -> list[Any]:
-        """The random numbers of every rank, after a look at whether all hold the same weights."""
+    def _gathered(self, step: int, mine: dict[str, Any]) -> list[Any]:
+        """What every rank alone knows, after a look at whether all hold the same weights."""
         trainer = self._trainer
-        mine = rng_state(trainer.args.device)
         if trainer.args.world_size == 1:
             return [mine]
         every: list[Any] = [None] * trainer.args.world_size
@@ -279,13 +295,13 @@ class Saver(TrainerCallback):
 
     # -- states that are spread over ranks ---------------------------------------------------------------------------
 
-    def _begin_parts(self, target: Path, keep: bool) -> None:
+    def _begin_parts(self, target: Path, keep: bool, mine: dict[str, Any]) -> None:
         """Copy what this rank holds, and begin to write it."""
         trainer = self._trainer
         parts = _Parts(target, trainer.state.global_step, keep, {}, {})
         try:
             by_number = self._by_number
-            taken = snapshot_part(trainer, trainer.layout, by_number, self._copies)
+            taken = snapshot_part(trainer, trainer.layout, by_number, mine, self._copies)
             parts.facts = self._facts(by_number)
             together(trainer.args, target, functools.partial(begin, target) if trainer.args.should_save else None)
             together(trainer.args, target, functools.partial(_see, target))

@@ -20,14 +20,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import random
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -103,7 +101,7 @@ def snapshot(
         trainer: of the run.
         where: from `places`.
         config: from `adapter_config`.
-        ranks: `rng_state` of every rank, rank 0 first.
+        ranks: what every rank alone knows (run/checkpoint_own.py), rank 0 first.
         copies: makes the copies; those of the last snapshot are given up.
 
     Raises:
@@ -279,56 +277,3 @@ def _state(checkpoint: Path) -> dict[str, Any]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
     state: dict[str, Any] = rebuild(read_state(checkpoint)["state"], tensors)
     return state
-
-
-# -- random numbers ------------------------------------------------------------------------------------------------
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator of this process that training draws from."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tobytes(), *rest),
-        "torch": torch.get_rng_state().numpy().tobytes(),
-    }
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state(device).cpu().numpy().tobytes()
-    return state
-
-
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put `rng_state` back."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.frombuffer(keys, np.uint32), *rest))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if device.type in state:
-        torch.get_device_module(device).set_rng_state(_bytes(state[device.type]), device)
-
-
-def _bytes(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def _ranks(checkpoint: Path) -> list[Any]:
-    """The random numbers of every rank, rank 0 first."""
-    stated = read_state(checkpoint)
-    if "parts" not in stated:
-        ranks: list[Any] = rebuild(stated["ranks"], {})
-        return ranks
-    files = [checkpoint / f"part-{rank}.json" for rank in range(stated["parts"])]
-    return [rebuild(json.loads(path.read_text(encoding="utf-8"))["random"], {}) for path in files]
-
-
-def restore_rng(checkpoint: Path, rank: int, seed: int, device: torch.device) -> None:
-    """Put back the random numbers of a rank; a rank that was not there before gets its own, by seed and step."""
-    ranks = _ranks(checkpoint)
-    if rank < len(ranks):
-        set_rng_state(ranks[rank], device)
-        return
-    step = int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
-    own = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-    random.seed(own)
-    np.random.seed(own)
-    torch.manual_seed(own)

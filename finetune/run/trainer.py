@@ -30,8 +30,9 @@ from finetune.compat import lay_out_buckets_once
 from finetune.errors import DiskError, NonFiniteError, RecipeError
 from finetune.files import MANIFEST, existing_parent
 from finetune.run.checkpoint_kept import has_parts, restore_parts
+from finetune.run.checkpoint_own import Window, own_states, restore_rng, window_of
 from finetune.run.checkpoint_saver import Saver
-from finetune.run.checkpoint_state import Numbers, restore_rng, restore_state, restore_weights
+from finetune.run.checkpoint_state import Numbers, restore_state, restore_weights
 from finetune.run.folder import RunFolder, read_json
 from finetune.run.loss import IGNORED, TrainedTokenLoss
 from finetune.run.micro_batches import Documents, MicroBatches, RowCollator, Schedule, StepLoader
@@ -290,7 +291,7 @@ class Trainer(SFTTrainer):
         if bad.item():
             kept = "no step was made before it"
             if step := self.state.global_step:
-                self.saver.save()
+                self.saver.save(undone=True)
                 self.saver.finish()
                 kept = self.saver.stands(step)
             raise NonFiniteError(
@@ -422,9 +423,25 @@ class Trainer(SFTTrainer):
         if self.saver.changed:
             self._numbers.count_again(self.optimizer, self.lr_scheduler)
 
+    def window(self) -> Window:
+        """What this rank has counted since the last line of the log."""
+        seen = (float(self._seen[0]), float(self._seen[1]))
+        elapsed = time.monotonic() - self._logged_at
+        return Window(self._globalstep_last_logged, self._tr_loss.clone(), seen, elapsed)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            restore_rng(Path(checkpoint), self.args.process_index, self.args.seed, self.args.device)
+        """Called before the first step of a run that goes on; the log goes on here, too."""
+        if checkpoint is None:
+            return
+        rank, states = self.args.process_index, own_states(Path(checkpoint))
+        restore_rng(Path(checkpoint), states, rank, self.args.seed, self.args.device)
+        if (found := window_of(states, rank, self.args.world_size)) is not None:
+            window, mean = found
+            self._globalstep_last_logged = window.since
+            self._tr_loss += window.loss
+            self._total_loss_scalar -= mean  # it is of the steps of this start alone
+            self._seen += torch.tensor(window.seen, dtype=torch.float64)
+            self._logged_at = time.monotonic() - window.seconds
 
 
 def _finite(value: Any) -> bool:
