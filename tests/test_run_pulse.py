@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tiny import Lab
+from warm import Warm
 
 from finetune.errors import RefusedError
 from finetune.run import pulse
@@ -138,3 +140,30 @@ def test_a_run_has_a_pulse_and_says_on_which_machine_it_is(lab: Lab) -> None:
     assert read_json(lab / "run/run.json")["machine"] == machine()
     lab.train({"training.learning_rate": 0.02}, "--overwrite").ok()  # a pulse is a run's own, and no foreign file
     assert json.loads((lab / "run/exit.json").read_text())["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_in_another_container_is_refused_while_it_lives_and_continued_after_it_was_killed(
+    lab: Lab, warm: Warm
+) -> None:
+    apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("a container of its own needs the command unshare and the right to use it")
+    recipe = lab.recipe({"training.max_steps": 100_000, "training.save_steps": 20, "launch.num_processes": 1})
+    words = [*apart, sys.executable, "-m", "finetune", "train", recipe]
+    with subprocess.Popen(words, cwd=lab.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        try:
+            while not list((lab / "run").glob("checkpoints/checkpoint-*")):
+                assert run.poll() is None
+                time.sleep(0.1)
+            refused = warm.run("train", recipe, cwd=lab.folder)
+            assert refused.returncode == 5
+            assert "waiting  up to 75 s, to see whether the run in run still goes on" in refused.stderr
+            assert "a run is still going on in run" in refused.stderr
+        finally:
+            run.kill()
+    again = warm.start("train", recipe, cwd=lab.folder)
+    try:
+        again.wait_for("resume   from run/checkpoints/checkpoint-", timeout=180)
+    finally:
+        again.kill()
