@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from finetune.run import watch as module
-from finetune.run.beat import Beat
+from finetune.run.beat import Beat, waits
 from finetune.run.launch import free_port
 from finetune.run.ranks import World
 from finetune.run.watch import Watch
@@ -50,3 +52,25 @@ def test_after_the_last_step_a_rank_that_is_well_is_still_heard(
     watches[0].stop()
     watches[1].stop()
     assert said == []
+
+
+def test_on_an_accelerator_a_rank_that_fetches_a_number_may_wait_for_all() -> None:
+    number = SimpleNamespace(item=threading.Lock().acquire)  # a call into C that does not return, as a tensor's
+    number.item()
+
+    def fetch() -> None:
+        number.item(timeout=2)
+
+    def sleep() -> None:
+        time.sleep(2)
+
+    threads = [threading.Thread(target=one) for one in (fetch, sleep)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    fetching, asleep = (sys._current_frames()[thread.ident or 0] for thread in threads)
+    assert waits(fetching, on_accelerator=True)
+    assert not waits(fetching, on_accelerator=False)
+    assert not waits(asleep, on_accelerator=True)
+    for thread in threads:
+        thread.join()

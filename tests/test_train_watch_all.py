@@ -75,6 +75,14 @@ def test_a_rank_that_is_killed_while_it_loads_is_named_at_once(lab: Lab) -> None
     lab.train()  # what stands there is no run's
 
 
+def test_what_one_rank_fails_with_while_it_loads_ends_the_other_with_the_same(lab: Lab) -> None:
+    fails = "raise __import__('finetune.errors').errors.ModelError('the base on this host is torn')"
+    first, second = begun(lab, "finetune.model.build.build", 1, fails)
+    assert [first.wait(60).returncode, second.wait(60).returncode] == [ExitCode.REFUSED, ExitCode.REFUSED]
+    assert "rank 1 (counted from 0): the base on this host is torn" in first.output[1]
+    assert not (lab / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_while_it_loads_is_named_woken_and_ended(lab: Lab) -> None:
     ranks = begun(lab, "finetune.model.build.build", 1, STOP)
