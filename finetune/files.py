@@ -214,12 +214,24 @@ def manifest_text(facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> st
     return _json({**content, "seal": sha256_text(_json(content))})
 
 
-def _manifest_fault(text: str) -> str:
-    """Whether a manifest says what was written; empty when it does."""
+def _sealed(text: str) -> dict[str, Any] | None:
+    """What a manifest says, without its seal; None when that does not say so.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no manifest.
+    """
     content = dict(json.loads(text))
     content.pop("seal", None)
-    whole = manifest_text(content, content.pop("files")) == text
-    return "" if whole else f"{MANIFEST} differs from its seal"
+    facts = {name: value for name, value in content.items() if name != "files"}
+    return content if manifest_text(facts, content["files"]) == text else None
+
+
+def read_sealed(folder: Path) -> dict[str, Any]:
+    """What the manifest of `folder` says of it, when it carries its seal; else nothing. Its files are not looked at."""
+    try:
+        return _sealed((folder / MANIFEST).read_bytes().decode("utf-8")) or {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def manifest_faults(folder: Path, sealed: bool = False) -> list[str]:
@@ -233,8 +245,8 @@ def manifest_faults(folder: Path, sealed: bool = False) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8")
         expected = dict(json.loads(text)["files"])
-        if sealed and (fault := _manifest_fault(text)):
-            return [fault]
+        if sealed and _sealed(text) is None:
+            return [f"{MANIFEST} differs from its seal"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{MANIFEST} is missing or unreadable"]
     found = _files(folder)

@@ -170,14 +170,17 @@ def begin(ready: Ready, made: dict[str, Any], point: ResumePoint) -> None:
         DiskError: too little space.
     """
     from finetune.data import date
-    from finetune.run.folder import claim, need_space, read_json
+    from finetune.run.folder import claim, read_json
     from finetune.run.record import this_process
     from finetune.run.restart import launcher_of
+    from finetune.run.space import most_checkpoints, need_space
 
     loaded, checked, base, data = ready.loaded, ready.checked, ready.base, ready.data
     recipe, folder = loaded.recipe, checked.folder
-    checkpoints = recipe.training.save_total_limit if recipe.training.save_steps else 1
-    need_space(folder, ready.built.trained, checkpoints)
+    training = recipe.training
+    validated = data.validation is not None and bool(training.save_steps and training.eval_steps)
+    most = most_checkpoints(training.save_total_limit if training.save_steps else 1, validated)
+    need_space(folder, ready.built.trained, most, goes=not checked.continuing)
     validation = data.validation
     record = {
         **this_process(),
@@ -217,6 +220,8 @@ def begin(ready: Ready, made: dict[str, Any], point: ResumePoint) -> None:
         _, continuing = claim(folder.root, loaded.hash(), checked.overwrite, needed(loaded), lambda found: None)
         if continuing != checked.continuing:
             raise RefusedError(f"output_dir: another run has begun in {folder.root} meanwhile; choose another folder")
+        for line in folder.set_aside(point.step) if checked.continuing else ():
+            ready.say("resume", line)
         folder.begin(
             recipe_yaml(loaded, ready.derived), record, data.probe(), point.step if checked.continuing else None
         )

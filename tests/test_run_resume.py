@@ -162,6 +162,17 @@ def test_the_newest_checkpoint_says_what_the_run_was_made_of(run: RunFolder) -> 
     assert find(run, {**made_of, "found": {"parallelism": WHOLE, "world_size": 1}}, []).checkpoint is None
 
 
+def test_what_a_manifest_with_a_flipped_bit_says_is_not_believed(run: RunFolder) -> None:
+    made_of = {"recipe": counting_keys(RECIPE), "found": {"parallelism": WHOLE, "world_size": 2}}
+    for step in (4, 8):
+        with staged_folder(run.checkpoints / f"checkpoint-{step}", {"made_of": made_of}):
+            pass
+    manifest = run.checkpoints / "checkpoint-8" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"world_size": 2', '"world_size": 3'))
+    assert made_before(run) == made_of
+    assert find(run, made_of, []).step == 4
+
+
 def test_what_a_checkpoints_state_is_tied_to_cannot_be_accepted(run: RunFolder) -> None:
     made_of = {"recipe": {}, "found": {"parallelism": "DeepSpeed ZeRO-2", "world_size": 2}}
     fewer = {"recipe": {}, "found": {"parallelism": "DeepSpeed ZeRO-2", "world_size": 1}}
@@ -410,3 +421,18 @@ def test_a_run_that_goes_on_is_measured_as_often_as_its_recipe_now_says(lab: Lab
     assert struck.returncode == -9
     lab.train({**changes, "training.eval_steps": 1}).ok()
     assert [line["step"] for line in lab.metrics() if "eval_loss" in line] == [6, 9, 10, 11, 12]
+
+
+def test_a_file_put_into_the_newest_checkpoint_stays_and_the_run_goes_on_from_the_one_before(
+    again: Lab, cut: Lab
+) -> None:
+    (again / "run/checkpoints/checkpoint-8/notes.txt").write_text("mine")
+    manifest = again / "run/checkpoints/checkpoint-8/manifest.json"
+    flipped = manifest.read_text().replace('"training.learning_rate": 0.01', '"training.learning_rate": 0.03')
+    assert flipped != manifest.read_text()
+    manifest.write_text(flipped)
+    outcome = again.train({**CHANGES, "training.save_total_limit": 1}).ok()
+    assert "passed over checkpoint-8: manifest.json differs from its seal" in outcome.stderr
+    assert "checkpoint-8 is called checkpoint-8.aside now" in outcome.stderr
+    assert (again / "run/checkpoints/checkpoint-8.aside/notes.txt").read_text() == "mine"
+    assert again.adapter() == cut.adapter("whole")

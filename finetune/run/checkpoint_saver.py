@@ -34,7 +34,8 @@ from finetune.run.checkpoint_state import adapter_config, places, snapshot, trai
 from finetune.run.checkpoint_tree import Copies
 from finetune.run.checkpoint_wait import is_busy_anywhere, newest_known, together, until_written
 from finetune.run.checkpoint_writer import Writer
-from finetune.run.folder import RunFolder, need_room
+from finetune.run.folder import RunFolder
+from finetune.run.space import most_checkpoints, need_room
 
 if TYPE_CHECKING:
     from finetune.run.checkpoint_state import Snapshot
@@ -245,7 +246,7 @@ class Saver(TrainerCallback):
     def _need_room(self, size: int) -> None:
         args, state = self._trainer.args, self._trainer.state
         ahead = math.ceil((state.max_steps - state.global_step) / max(1, int(args.save_steps)))
-        need_room(self._folder, size, min(args.save_total_limit + 1, max(1, ahead)))
+        need_room(self._folder, size, most_checkpoints(args.save_total_limit, args.eval_strategy != "no"), ahead)
 
     def _facts(self, by_number: bool) -> dict[str, Any]:
         """What the manifest says of the run."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DiskError, RefusedError
+from finetune.errors import RefusedError
 from finetune.files import (
     MANIFEST,
     disk_errors,
@@ -201,10 +202,7 @@ class RunFolder:
         """The newest whole checkpoint, and why newer ones were passed over."""
         passed_over: list[str] = []
         for path in self.newest_first():
-            faults = manifest_faults(path, sealed=True)
-            if not faults and (found := read_json(path / MANIFEST).get("format", FORMAT)) != FORMAT:
-                faults = [f"it has format {found}, and this version reads {FORMAT}"]
-            if not faults:
+            if not (faults := _faults_of(path)):
                 return path, passed_over
             passed_over.append(f"{path.name}: {'; '.join(faults[:3])}")
         return None, passed_over
@@ -217,22 +215,41 @@ class RunFolder:
         return sorted(found, key=_step_of, reverse=True)
 
     def rotate(self, keep: int, known: set[Path]) -> None:
-        """Remove checkpoints, but the newest `keep` that are whole and, of the whole ones, the best.
+        """Remove what is older than the newest `keep` checkpoints that are whole, but for the best of the whole ones.
+
+        Raises:
+            DiskError: one could not be removed.
 
         Args:
             keep: how many.
             known: those that are known to be whole; the others are verified, and added.
         """
         found = self.newest_first()
-        known.update(path for path in found if path not in known and not manifest_faults(path, sealed=True))
-        whole = [path for path in found if path in known]
-        losses = {path: read_json(path / MANIFEST).get("validation_loss") for path in whole}
-        measured = [(loss, path) for path, loss in losses.items() if isinstance(loss, float)]
-        best = min(measured)[1] if measured else None
-        for path in found:
-            if path not in whole[:keep] and path != best:
-                remove_folder(path)
-                known.discard(path)
+        with disk_errors(self.checkpoints):
+            known.update(path for path in found if path not in known and not _faults_of(path))
+            whole = [path for path in found if path in known]
+            if len(whole) < keep:  # one that cannot be read may be so for a moment only
+                return
+            losses = {path: read_json(path / MANIFEST).get("validation_loss") for path in whole}
+            measured = [(loss, path) for path, loss in losses.items() if isinstance(loss, float)]
+            best = min(measured)[1] if measured else None
+            for path in found[found.index(whole[keep - 1]) + 1 :]:
+                if path != best:
+                    remove_folder(path)
+                    known.discard(path)
+
+    def set_aside(self, step: int) -> list[str]:
+        """Give checkpoints of later steps another name, under which nothing reads or removes them: the run goes on from
+        `step`, since they are not whole, and will come to those steps again. Gives a line for each."""
+        told = []
+        for path in self.newest_first():
+            if _step_of(path) > step:
+                names = (path.with_name(f"{path.name}.aside{number or ''}") for number in itertools.count())
+                aside = next(name for name in names if not name.exists())
+                with disk_errors(path):
+                    path.rename(aside)
+                told.append(f"{path.name} is called {aside.name} now; remove it if nothing in it is needed")
+        return told
 
     def clean_checkpoints(self) -> None:
         """Remove what a write left that was cut short."""
@@ -257,6 +274,14 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 continue  # the half line of a killed writer
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+
+def _faults_of(checkpoint: Path) -> list[str]:
+    """Why a run cannot go on from a checkpoint; empty when it can."""
+    faults = manifest_faults(checkpoint, sealed=True)
+    if not faults and (found := read_json(checkpoint / MANIFEST).get("format", FORMAT)) != FORMAT:
+        return [f"it has format {found}, and this version reads {FORMAT}"]
+    return faults
 
 
 def _step_of(path: Path) -> int:
@@ -348,48 +373,4 @@ def _refuse_loss(folder: RunFolder, needed: Sequence[Path]) -> None:
         raise RefusedError(
             f"output_dir: {folder.root} is to be replaced, and holds what no run writes: {shown}; move that away, or "
             "choose another output_dir"
-        )
-
-
-def need_space(folder: RunFolder, trained: int, checkpoints: int) -> None:
-    """Refuse a run whose checkpoints will not fit on the disk.
-
-    Args:
-        folder: the run's folder.
-        trained: trained parameters; each takes 12 bytes in a checkpoint (weight and two moments, float32).
-        checkpoints: how many are kept; one more exists while it is written.
-
-    Raises:
-        DiskError: with what is needed and what is free.
-    """
-    needed = 12 * trained * (checkpoints + 1) + 4 * trained
-    free = shutil.disk_usage(existing_parent(folder.root)).free
-    if free < needed:
-        raise DiskError(
-            f"output_dir: {folder.root} needs {needed / 2**20:,.0f} MiB for {checkpoints + 1} checkpoints and the "
-            f"result, and the disk has {free / 2**20:,.0f} MiB free; free some space, choose another output_dir, or "
-            "lower training.save_total_limit"
-        )
-
-
-def need_room(folder: RunFolder, size: int, more: int) -> None:
-    """Refuse to go on with a run whose checkpoints will not fit, now that the size of one is known.
-
-    Args:
-        folder: the run's folder.
-        size: bytes of one checkpoint.
-        more: how many will stand on the disk at once, the one being written included.
-
-    Raises:
-        DiskError: with what is needed and what is free.
-    """
-    there = sum(1 for path in folder.checkpoints.glob("checkpoint-*"))
-    missing = max(1, more - there)  # going on, more may stand already than will be kept
-    needed = size * missing
-    free = shutil.disk_usage(existing_parent(folder.root)).free
-    if free < needed:
-        raise DiskError(
-            f"output_dir: a checkpoint of this run takes {size / 2**20:,.1f} MiB, and {folder.root} needs "
-            f"{needed / 2**20:,.1f} MiB for {missing} more, and the disk has {free / 2**20:,.1f} MiB free; free "
-            "some space, choose another output_dir, or lower training.save_total_limit"
         )

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.errors import RecipeError, RefusedError
-from finetune.files import MANIFEST
+from finetune.files import MANIFEST, read_sealed
 from finetune.privacy import mask
 from finetune.recipe import fields
 from finetune.registry import nearest
@@ -185,9 +185,9 @@ def accept(
 
 
 def made_before(folder: RunFolder) -> dict[str, Any]:
-    """What the newest checkpoint says that the run was made of, as far as it can be read; else what run.json says."""
+    """What the newest checkpoint whose manifest is whole says that the run was made of; else what run.json says."""
     for path in folder.newest_first():
-        if made_of := read_json(path / MANIFEST).get("made_of"):
+        if made_of := read_sealed(path).get("made_of"):
             return dict(made_of)
     return dict(read_json(folder.record).get("made_of") or {})
 
