@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExitCode
+from finetune.errors import ExitCode, FinetuneError, HardwareError
 from finetune.preflight import Checked
 from finetune.ready import Process
 from finetune.recipe.loaded import LoadedRecipe
@@ -17,26 +19,45 @@ if TYPE_CHECKING:
     from finetune.supply import Supplies
 
 
-def join(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies, watch: Watch) -> None:
-    """Form the group, watch it from then on, compare what its processes hold, and have compiled what one process
-    compiles for its host.
+def join(loaded: LoadedRecipe, checked: Checked, process: Process, supplies: Supplies) -> None:
+    """Compare what the processes hold, and have compiled what one process compiles for its host.
 
     Raises:
-        HangError: not all processes came in time.
         RefusedError: they would not train the same run.
         HardwareError: a host has too little memory.
     """
     from finetune.run.modes import compiles
 
-    _form(process, watch, checked.mode)
     _agree(loaded, checked, process, supplies)
     _see_room(loaded, checked, process, supplies)
     if compiles(checked.mode):
         _compile_optimizer(process)
 
 
-def _form(process: Process, watch: Watch, mode: Mode) -> None:
-    """The process group, where it is not formed already; operations wait longer in it than the watchdog does."""
+@contextlib.contextmanager
+def refusing_together() -> Iterator[None]:
+    """Tell the other processes of a start the fault that the block finds, since it may stand on this host alone."""
+    try:
+        yield
+    except FinetuneError as error:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            from finetune.run.ranks import world
+            from finetune.run.rendezvous import tell_refusal
+
+            with contextlib.suppress(HardwareError):  # of a place that the launcher does not name nobody can be told
+                world()
+                tell_refusal(error)
+        raise
+
+
+def form(process: Process, watch: Watch, mode: Mode) -> None:
+    """The group of the processes, watched from then on; operations wait longer in it than the watchdog does.
+
+    Raises:
+        HangError: not all processes came in time.
+        EnvironmentFault: rank 0 cannot listen at the launcher's address.
+        FinetuneError: another process will not train.
+    """
     from finetune.run import ranks
     from finetune.run.watch import FIRST_STEP, GRACE
 
@@ -44,15 +65,10 @@ def _form(process: Process, watch: Watch, mode: Mode) -> None:
     watch.begin()
 
 
-def as_rank_0_found(checked: Checked, process: Process, watch: Watch) -> Checked:
-    """What a launcher's restart found in the run folder, on all ranks alike; the group is formed for that.
-
-    Raises:
-        HangError: not all processes came in time.
-    """
+def as_rank_0_found(checked: Checked, process: Process) -> Checked:
+    """What a launcher's restart found in the run folder, on all ranks alike."""
     from finetune.run import ranks
 
-    _form(process, watch, checked.mode)
     overwrite, finished = ranks.from_main(process.launched, lambda: (checked.overwrite, checked.finished))
     return replace(checked, overwrite=overwrite, finished=finished)
 

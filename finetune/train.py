@@ -3,7 +3,7 @@
     finetune train RECIPE [KEY=VALUE]...                         one process, or as many as the recipe asks for
     accelerate launch … -m finetune.train RECIPE [KEY=VALUE]...  what that starts when there are several
 
-The story, in order: check what needs no model, prepare the data, form the group of processes, load the base and attach
+The story, in order: check what needs no model, form the group of processes, prepare the data, load the base and attach
 the adapter, build the trainer, train, save and prove what was saved. Until the first step nothing is written.
 """
 
@@ -30,7 +30,7 @@ from finetune.errors import (
 )
 from finetune.finish import finish
 from finetune.guards import watch_of, watched
-from finetune.join import as_rank_0_found, end_finished, join, remove_stale_locks
+from finetune.join import as_rank_0_found, end_finished, form, join, refusing_together, remove_stale_locks
 from finetune.lean import hide, import_all, pause_collector
 from finetune.preflight import Checked, check, fetched
 from finetune.ready import Ready, begin, made_of, process_of
@@ -93,10 +93,11 @@ def run(
 
     end_with_launcher(os.environ)
     with EarlyStop().listening() as early, told_to_launcher():
-        loaded = load_recipe(recipe_path, overrides)
-        checked = check(loaded, overwrite, allow_drift)
-        if "WORLD_SIZE" in os.environ:
-            enter(checked.mode, os.environ)
+        with refusing_together():
+            loaded = load_recipe(recipe_path, overrides)
+            checked = check(loaded, overwrite, allow_drift)
+            if "WORLD_SIZE" in os.environ:
+                enter(checked.mode, os.environ)
         if own_process:
             _start_lean(loaded, checked)
         facts = _launch(loaded, checked) if "WORLD_SIZE" not in os.environ else None
@@ -165,7 +166,8 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool, early: Ear
     from finetune.supply import supply
 
     recipe, mode = loaded.recipe, checked.mode
-    process = process_of(recipe, mode, hardware)
+    with refusing_together():
+        process = process_of(recipe, mode, hardware)
     process.say("note", mode.note)
     if mode.kind == "deepspeed":
         remove_stale_locks(process)
@@ -177,14 +179,15 @@ def _train(loaded: LoadedRecipe, checked: Checked, own_process: bool, early: Ear
     watch = watch_of(recipe.launch.timeout, checked, process.launched)
     # Told before the group is left, over which the others break down.
     with ranks.left_afterwards(), told_to_launcher(), watched(watch, checked, explained):
+        form(process, watch, mode)
         if is_restart(os.environ):
-            checked = as_rank_0_found(checked, process, watch)
+            checked = as_rank_0_found(checked, process)
             if checked.finished is not None:
                 return end_finished(checked, process, checked.finished)
         supplies = supply(loaded, checked, process)
         checked = fetched(checked, recipe.model.family, supplies.base)
         watch.wait_for_all("supplied")
-        join(loaded, checked, process, supplies, watch)
+        join(loaded, checked, process, supplies)
         return _run(assemble(loaded, checked, process, supplies, watch), explained, early)
 
 

@@ -24,6 +24,7 @@ from finetune.run.modes import Mode
 from finetune.run.ranks import SameWeights, World, agree, check_asked, device_of, digest, from_main, prove_world, world
 
 ALONE = World(0, 0, 1)
+PLACE = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 # -- one process ---------------------------------------------------------------------------------------------------
@@ -35,10 +36,27 @@ def test_without_a_launcher_there_is_one_process() -> None:
 
 
 def test_the_launcher_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
+    for name, value in PLACE.items():
         monkeypatch.setenv(name, value)
     assert world() == World(rank=5, local_rank=1, size=8)
     assert not world().is_main
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("WORLD_SIZE", "x", r"WORLD_SIZE: expected a whole number from 1 up, not 'x'"),
+        ("RANK", "8", r"RANK: expected a whole number from 0 to 7, not '8'"),
+        ("RANK", "", r"WORLD_SIZE is 8, and RANK not set"),
+        ("MASTER_ADDR", "", r"WORLD_SIZE is 8, and MASTER_ADDR not set"),
+        ("MASTER_PORT", "-1", r"MASTER_PORT: expected a whole number from 1 to 65535, not '-1'"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str) -> None:
+    for one, given_ in {**PLACE, name: value}.items():
+        monkeypatch.setenv(one, given_)
+    with pytest.raises(HardwareError, match=told):
+        world()
 
 
 @pytest.mark.parametrize(("asked", "size"), [(None, 1), (None, 3), (1, 1), (3, 3)])

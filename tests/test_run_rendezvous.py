@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from finetune.errors import HangError
-from finetune.run.rendezvous import own_corner
+from finetune.errors import EnvironmentFault, FinetuneError, HangError, RefusedError
+from finetune.run.rendezvous import come_together, own_corner
 
 RESTARTS = 10
 # Two processes form a group and use it; then one is killed, as often as the launcher restarts them.
@@ -64,12 +65,72 @@ def start(size: int = 2, timeout: float = 30.0) -> list[Any]:
     return found
 
 
-def test_without_an_agent_s_store_none_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in (None, "False"):
-        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-        if value:
-            monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", value)
-        assert own_corner(0, 2, 1.0) is None
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The port that the variables name where no agent keeps a store."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return port
+
+
+def test_without_an_agent_s_store_rank_0_keeps_one(alone: int) -> None:
+    corners = start(3)
+    corners[1].set("address", "x")
+    assert [corner.get("address").decode() for corner in corners] == ["x"] * 3
+
+
+def test_without_an_agent_s_store_too_who_does_not_come_is_named(alone: int) -> None:
+    with pytest.raises(HangError, match=r"^rank 1 did not come within launch\.timeout"):
+        own_corner(0, 2, 1.0)
+
+
+def test_a_rank_0_that_is_not_there_is_named_by_its_address(alone: int) -> None:
+    with pytest.raises(HangError, match=rf"is 127\.0\.0\.1:{alone}: rank 0 did not answer there within 1 s: [^\n]*$"):
+        own_corner(1, 2, 1.0)
+
+
+def test_a_port_that_is_taken_is_named(alone: int) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", alone))
+        other.listen()
+        with pytest.raises(EnvironmentFault, match=rf":{alone}: rank 0 cannot listen there: .*MASTER_PORT a port that"):
+            own_corner(0, 2, 1.0)
+
+
+def outcomes(refusals: list[FinetuneError | None]) -> list[Any]:
+    """What the processes of one start, here threads, are told when some of them will not train."""
+    found: list[Any] = [None] * len(refusals)
+
+    def one(rank: int) -> None:
+        try:
+            found[rank] = come_together(rank, len(refusals), 30.0, refusals[rank])
+        except FinetuneError as error:
+            found[rank] = (error.exit_code, str(error))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(refusals))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("refuses", [0, 1])
+def test_all_are_told_why_one_will_not_train(alone: int, refuses: int) -> None:
+    refusals: list[FinetuneError | None] = [None, None, None]
+    refusals[refuses] = RefusedError("output_dir: taken")
+    found = outcomes(refusals)
+    others = [outcome for rank, outcome in enumerate(found) if rank != refuses]
+    assert others == [(5, f"rank {refuses} (counted from 0): output_dir: taken")] * 2
+
+
+def test_a_restart_is_not_told_what_an_earlier_start_refused(agent: dist.TCPStore) -> None:
+    outcomes([None, RefusedError("no")])
+    assert all(isinstance(outcome, dist.PrefixStore) for outcome in outcomes([None, None]))
 
 
 def test_each_start_has_a_corner_that_its_processes_share_and_no_other_start(agent: dist.TCPStore) -> None:

@@ -281,3 +281,15 @@ def test_why_a_rank_fails_before_training_is_told_and_not_that_others_miss_it(la
     said = json.loads(told.read_text())
     assert said["exit_code"] == 5
     assert "a file of the base is torn" in said["reason"]
+
+
+def test_what_one_rank_refuses_before_the_group_is_formed_ends_all_at_once(lab: Lab) -> None:
+    (lab / "run").mkdir()
+    (lab / "run/notes.txt").write_text("mine")  # only rank 0 looks
+    started = time.monotonic()
+    first, second = ranks(lab)
+    assert (first.returncode, second.returncode) == (5, 5)
+    assert "error: output_dir: " in first.stderr
+    assert "error: rank 1: rank 0 (counted from 0): output_dir: " in second.stderr
+    assert "Traceback" not in first.stderr + second.stderr
+    assert time.monotonic() - started < 60

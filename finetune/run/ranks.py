@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.compat import without_shared_memory_op
-from finetune.errors import EnvironmentFault, HardwareError, RecipeError, RefusedError
+from finetune.errors import EnvironmentFault, HangError, HardwareError, RecipeError, RefusedError
 from finetune.recipe.sections import LaunchOptions
 from finetune.run.modes import Mode
-from finetune.run.rendezvous import own_corner
+from finetune.run.rendezvous import come_together
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,30 @@ class World:
 
 
 def world() -> World:
-    """As the launcher's environment says; one process where it says nothing."""
+    """As the launcher's environment says; one process where it says nothing.
+
+    Raises:
+        HardwareError: what it says is no place among processes that could find each other.
+    """
     value = os.environ.get
-    return World(int(value("RANK", "0")), int(value("LOCAL_RANK", "0")), int(value("WORLD_SIZE", "1")))
+    size = _whole("WORLD_SIZE", value("WORLD_SIZE", "1"), 1)
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if size > 1 and (missing := [name for name in needed if not value(name)]):
+        raise HardwareError(
+            f"WORLD_SIZE is {size}, and {', '.join(missing)} not set: whatever starts the processes sets all five; "
+            "start them with `finetune train`, torchrun or accelerate launch, or see `finetune launch-script`"
+        )
+    if size > 1:
+        _whole("MASTER_PORT", value("MASTER_PORT", ""), 1, 65535)
+    rank = _whole("RANK", value("RANK", "0"), 0, size - 1)
+    return World(rank, _whole("LOCAL_RANK", value("LOCAL_RANK", "0"), 0, size - 1), size)
+
+
+def _whole(name: str, value: str, least: int, most: int | None = None) -> int:
+    if not re.fullmatch("[0-9]+", value) or int(value) < least or (most is not None and int(value) > most):
+        limit = f"from {least} up" if most is None else f"from {least} to {most}"
+        raise HardwareError(f"{name}: expected a whole number {limit}, not {value!r}; the launcher sets it")
+    return int(value)
 
 
 def check_asked(options: LaunchOptions, launched: World) -> None:
@@ -84,6 +106,8 @@ def start(launched: World, device: str, timeout: float, mode: Mode) -> None:
 
     Raises:
         HangError: not all processes came in time.
+        EnvironmentFault: rank 0 cannot listen at the launcher's address.
+        FinetuneError: another process will not train.
     """
     if launched.size == 1 or dist.is_initialized():
         return
@@ -93,9 +117,14 @@ def start(launched: World, device: str, timeout: float, mode: Mode) -> None:
     if mode.offloads and backend != "gloo":  # what lies in the host's memory travels over gloo
         backend = f"{device}:{backend},cpu:gloo"
     allowed = timedelta(seconds=timeout)
-    store = own_corner(launched.rank, launched.size, timeout)
-    told = {} if store is None else {"store": store, "rank": launched.rank, "world_size": launched.size}
-    dist.init_process_group(backend, timeout=allowed, **told)
+    store = come_together(launched.rank, launched.size, timeout)
+    try:
+        dist.init_process_group(backend, timeout=allowed, store=store, rank=launched.rank, world_size=launched.size)
+    except RuntimeError as error:
+        raise HangError(
+            f"the processes have met and cannot reach each other: {str(error).splitlines()[0]}; where hosts have "
+            "several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the one between them"
+        ) from error
     if mode.kind == "deepspeed":
         import deepspeed
 

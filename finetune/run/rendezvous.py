@@ -6,10 +6,16 @@ refused" (torch 2.13; `torch.distributed.rendezvous` says that each retry has a 
 an agent has restarted does not tell starts apart either: each machine's agent counts its own. So every process writes a
 word that no other has, rank 0 gathers them, and what all of them have confirmed names a corner of the store for this
 start alone.
+
+Where no agent keeps a store (srun, or processes started by hand) rank 0 does. In either case all processes tell each
+other there, before they form a group, whether they are going to train: one that finds a fault on its host must not
+leave the others waiting.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import secrets
 import time
@@ -18,30 +24,108 @@ from typing import Any
 
 import torch.distributed as dist
 
-from finetune.errors import HangError
+from finetune.errors import EnvironmentFault, FinetuneError, HangError
 
+LINGER = 60.0  # seconds in which a process that will not train waits for the others, to tell them
+_LAST_WORDS = 10.0  # seconds in which all must have read that one will not train
 _POLL = 0.05  # seconds between two looks into the store
 
 
+def come_together(rank: int, size: int, timeout: float, refusal: FinetuneError | None = None) -> Any:
+    """A store of this start, once all its processes are there and none has refused to train; collective.
+
+    Args:
+        rank: this process's number.
+        size: how many there are.
+        timeout: seconds to wait for the others.
+        refusal: why this process will not train; the others are told.
+
+    Raises:
+        HangError: not all of them came.
+        EnvironmentFault: rank 0 cannot listen at the address.
+        FinetuneError: another one has refused, with its exit code.
+    """
+    try:
+        corner = own_corner(rank, size, timeout)
+        _share(corner, rank, size, timeout, refusal)
+    except dist.DistError as error:
+        raise HangError(f"{_address()}: the processes lost each other before they trained: {_first(error)}") from error
+    return corner
+
+
+def tell_refusal(refusal: FinetuneError) -> None:
+    """Let the other processes of this start end with the same exit code, instead of waiting for this one."""
+    with contextlib.suppress(FinetuneError):  # nobody is there to be told
+        come_together(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), LINGER, refusal)
+
+
+def _share(corner: Any, rank: int, size: int, timeout: float, refusal: FinetuneError | None) -> None:
+    told = {} if refusal is None else {"exit_code": refusal.exit_code, "reason": str(refusal)}
+    corner.set(f"outcome/{rank}", json.dumps(told))
+    names = [f"outcome/{one}" for one in range(size)]
+    if not _all_there(corner, names, timeout):
+        raise HangError(f"{_address()}: not all processes said within {timeout:.0f} s whether they train")
+    outcomes = [json.loads(value) for value in _read(corner, names)]
+    if not any(outcomes):
+        return
+    with contextlib.suppress(dist.DistError):  # the store ends with a process, which must not be before all have read
+        corner.set(f"read/{rank}", "")
+        _all_there(corner, [f"read/{one}" for one in range(size)], _LAST_WORDS)
+    if refusal is None:
+        first = next(one for one, outcome in enumerate(outcomes) if outcome)
+        error = FinetuneError(f"rank {first} (counted from 0): {outcomes[first]['reason']}")
+        error.exit_code = outcomes[first]["exit_code"]
+        raise error
+
+
+def _all_there(corner: Any, names: list[str], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not corner.check(names):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
 def own_corner(rank: int, size: int, timeout: float) -> Any:
-    """A store with nothing of earlier starts in it; collective.
+    """A store with nothing of earlier starts in it: a part of the agent's, or else one of rank 0; collective.
 
     Args:
         rank: this process's number.
         size: how many there are.
         timeout: seconds to wait for the others.
 
-    Returns:
-        None where no agent's store is used: then the first process makes a new one.
-
     Raises:
         HangError: not all of them came.
+        EnvironmentFault: rank 0 cannot listen at the address.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store = dist.TCPStore(*place, None, is_master=False, timeout=timedelta(seconds=timeout))
+    listens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    place, waits = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=timeout)
+    try:
+        store = dist.TCPStore(
+            *place, None, is_master=listens, timeout=waits, wait_for_workers=False, multi_tenant=listens
+        )
+    except dist.DistError as error:
+        if listens:
+            raise EnvironmentFault(
+                f"{_address()}: rank 0 cannot listen there: {_first(error)}; MASTER_ADDR must name this host, and "
+                "MASTER_PORT a port that nobody else uses"
+            ) from error
+        raise HangError(
+            f"{_address()}: rank 0 did not answer there within {timeout:.0f} s: {_first(error)}; see its messages, and "
+            "whether this host can reach that address"
+        ) from error
     return dist.PrefixStore(f"finetune/{_agreed(store, rank, size, timeout)}", store)
+
+
+def _address() -> str:
+    """Where the processes of a run meet, as the launcher says."""
+    return f"MASTER_ADDR:MASTER_PORT is {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _first(error: BaseException) -> str:
+    """What torch says in its first line, without the frames that follow."""
+    return str(error).splitlines()[0].partition("Exception raised from")[0].strip().rstrip(".")
 
 
 def _agreed(store: Any, rank: int, size: int, timeout: float) -> str:
