@@ -51,7 +51,7 @@ def process_of(recipe: Recipe, mode: Mode, hardware: Hardware) -> Process:
     """This process, after comparing what was launched with what the recipe asks for.
 
     Raises:
-        HardwareError: another number of processes was launched.
+        HardwareError: another number of processes was launched, or more than this host has devices.
         RecipeError: the recipe and the launcher's configuration contradict each other.
         EnvironmentFault: this host lacks a compiler that the mode needs.
     """
@@ -60,12 +60,14 @@ def process_of(recipe: Recipe, mode: Mode, hardware: Hardware) -> Process:
     from finetune.run import ranks
     from finetune.run.batch import batch_shape
     from finetune.run.builds import refuse_missing_tools
+    from finetune.run.launch import check_devices
     from finetune.run.modes import compiles, refuse
     from finetune.run.say import Say
 
     launched = ranks.world()
     say = Say(launched.is_main)
     ranks.check_asked(recipe.launch, launched)
+    check_devices(launched.local_rank + 1, hardware.device, hardware.count)
     kept = precision(recipe.model, recipe.adapter.method, compute_dtype(recipe.model.dtype, hardware))
     shape = batch_shape(recipe.training, launched.size)
     refuse(mode, recipe.model, recipe.training, shape, hardware.device)

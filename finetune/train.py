@@ -123,7 +123,7 @@ def _launch(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any] | None:
     from finetune.run.batch import batch_shape
     from finetune.run.builds import refuse_missing_tools
     from finetune.run.folder import RunFolder, read_json
-    from finetune.run.launch import count_to_start, follow, plan_launch
+    from finetune.run.launch import check_devices, count_to_start, follow, plan_launch
     from finetune.run.modes import compiles, refuse
 
     recipe = loaded.recipe
@@ -131,6 +131,7 @@ def _launch(loaded: LoadedRecipe, checked: Checked) -> dict[str, Any] | None:
     count = count_to_start(recipe.launch, hardware.count)
     if count == 1:
         return None
+    check_devices(count, hardware.device, hardware.count)
     refuse(checked.mode, recipe.model, recipe.training, batch_shape(recipe.training, count), hardware.device)
     if compiles(checked.mode):
         refuse_missing_tools()

@@ -80,6 +80,13 @@ def test_a_process_that_accelerate_started_alone_starts_no_others(monkeypatch: p
     assert count_to_start(LaunchOptions(num_processes=2), 8) == 2
 
 
+def test_processes_without_a_device_of_their_own_are_refused() -> None:
+    launch.check_devices(4, "cuda", 4)
+    launch.check_devices(4, "cpu", 1)
+    with pytest.raises(HardwareError, match=r"2 processes on this host need as many cuda devices, and it shows 1"):
+        launch.check_devices(2, "cuda", 1)
+
+
 def test_a_free_port_is_free() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", free_port()))

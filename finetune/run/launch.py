@@ -109,6 +109,24 @@ def count_to_start(options: LaunchOptions, devices: int) -> int:
     return 1
 
 
+def check_devices(processes: int, device: str, there: int) -> None:
+    """Each process of a host must have a device of its own; a CPU is shared.
+
+    Args:
+        processes: how many there are on this host.
+        device: torch device type.
+        there: devices that this host shows.
+
+    Raises:
+        HardwareError: it has fewer.
+    """
+    if device != "cpu" and processes > there:
+        raise HardwareError(
+            f"launch.num_processes: {processes} processes on this host need as many {device} devices, and it shows "
+            f"{there}; ask for {there}, or see what hides the others (CUDA_VISIBLE_DEVICES, the scheduler's request)"
+        )
+
+
 def is_launched() -> bool:
     """Whether a `finetune train` started the launcher of this process; that one shows the result."""
     return _REPORT in os.environ
