@@ -147,6 +147,15 @@ def test_an_unexpected_error_keeps_its_traceback_and_says_where_to_report(ending
     assert json.loads(captured.out)["error"]["kind"] == "UnexpectedError"
 
 
+def test_a_secret_in_the_text_of_an_error_is_not_printed(ending, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "Zq100s3cr3tV4lueOf")
+    for error in (RuntimeError("401 with Zq100s3cr3tV4lueOf"), errors.DataError("no Zq100s3cr3tV4lueOf")):
+        roof.main([*ending(error), "--json"])
+        captured = capsys.readouterr()
+        assert "***" in captured.err
+        assert "Zq100" not in captured.err + captured.out
+
+
 def test_an_interrupt_that_no_run_caught_ends_with_130(ending, capsys) -> None:
     assert roof.main(ending(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "error: interrupted\n"

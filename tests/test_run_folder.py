@@ -223,6 +223,12 @@ def test_the_end_is_told(run: RunFolder) -> None:
     assert now().endswith("+00:00")
 
 
+def test_a_secret_in_the_text_of_an_error_is_in_no_file(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "Zq100s3cr3tV4lueOf")
+    run.write_exit(1, "RuntimeError: 401 for https://me:Zq100s3cr3tV4lueOf@host", 3)
+    assert read_json(run.exit)["reason"] == "RuntimeError: 401 for https://me:***@host"
+
+
 @pytest.mark.parametrize("content", [None, "", "[1]", "{", "\udcff"])
 def test_broken_json_reads_as_nothing(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "x.json"

@@ -38,7 +38,7 @@ from finetune.cli.rehearse import rehearse
 from finetune.cli.runs import runs
 from finetune.cli.targets import targets
 from finetune.errors import ExitCode, FinetuneError
-from finetune.privacy import no_telemetry
+from finetune.privacy import mask_text, no_telemetry
 from finetune.recipe.problems import RecipeProblems
 
 BROKEN_PIPE = 141  # what a shell reports for a program whose reader went away: 128 + SIGPIPE
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _reader_gone()
         raise
     except Exception as error:
-        traceback.print_exc()
+        print(mask_text(traceback.format_exc()), end="", file=sys.stderr)  # libraries put requests into their errors
         message = f"{type(error).__name__}: {error}"
         hint = "this is a defect of finetune; please report it on its issue tracker with the traceback above"
         return _report("UnexpectedError", ExitCode.FAILURE, f"{message}\n{hint}", as_json)
@@ -211,7 +211,7 @@ def _report(
     kind: str, exit_code: int, message: str, as_json: bool, problems: list[dict[str, Any]] | None = None
 ) -> int:
     """Show an error on stderr, and on stdout as JSON when the verb was asked for JSON; return its exit code."""
-    rank = os.environ.get("RANK", "0")
+    rank, message = os.environ.get("RANK", "0"), mask_text(message)
     if rank != "0":
         message = f"rank {rank}: {message}"
     if sys.stderr.isatty():

@@ -39,6 +39,7 @@ from finetune.files import (
     write_json,
     write_text,
 )
+from finetune.privacy import mask_text
 from finetune.run import stacks
 from finetune.run.pulse import lives
 
@@ -187,11 +188,11 @@ class RunFolder:
 
         Args:
             code: the exit code.
-            reason: why, in words.
+            reason: why, in words; secrets in it, as an error of a library may hold them, are masked.
             step: the last optimizer step made.
             facts: what a finished run reports.
         """
-        ended = {"exit_code": code, "reason": reason, "step": step, "ended": now()}
+        ended = {"exit_code": code, "reason": mask_text(reason), "step": step, "ended": now()}
         write_json(self.exit, {**ended, "facts": facts} if facts else ended)
 
     def is_running(self) -> bool:
