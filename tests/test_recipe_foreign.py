@@ -121,7 +121,7 @@ def test_what_the_recipe_decides_may_not_stand_in_extra(trainer_arguments: set[s
     decided |= {"max_length", "output_dir", "push_to_hub", "hub_token", "report_to", "deepspeed", "fsdp", "eos_token"}
     decided |= {"gradient_checkpointing", "resume_from_checkpoint", "ddp_timeout", "assistant_only_loss", "run_name"}
     assert decided <= refused
-    allowed = {"adam_beta1", "neftune_noise_alpha", "label_smoothing_factor", "torch_compile", "optim_args", "tf32"}
+    allowed = {"adam_beta1", "neftune_noise_alpha", "torch_compile", "optim_args", "tf32"}
     assert allowed <= trainer_arguments - refused
 
 

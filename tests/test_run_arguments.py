@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from trl import SFTConfig
 
 from finetune.errors import RecipeError
+from finetune.recipe.foreign import table
 from finetune.recipe.sections import LaunchOptions, TrainingOptions
 from finetune.recipe.unknown import owned_by_recipe
 from finetune.run.arguments import (
@@ -253,3 +255,12 @@ def test_a_shape_shows_its_arithmetic() -> None:
     assert str(BatchShape(2, 4, 1)) == "2 per device x 4 accumulated x 1 process = 8 rows a step"
     assert BatchShape(2, 4, 1).told("sequences").endswith(" = 8 sequences a step")
     assert str(BatchShape(2, 4, 3)) == "2 per device x 4 accumulated x 3 processes = 24 rows a step"
+
+
+def test_no_name_of_another_tool_is_answered_with_an_argument_that_is_refused() -> None:
+    for row in table().values():
+        if row.key.startswith("training.extra."):
+            with contextlib.suppress(RecipeError):
+                check_extra({row.key.rsplit(".", 1)[-1]: None})
+                continue
+            pytest.fail(f"{row.name}: {row.key}")

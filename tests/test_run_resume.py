@@ -137,7 +137,9 @@ def test_groups_of_parameters_that_come_or_go_are_never_accepted(run: RunFolder,
     assert accept(changed, run, ["loraplus_lr_ratio"]) == tuple(changed)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "data", "data.rows", "base", "versions.torch", "training.extra.x"])
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "data", "data.rows", "data.train[0].format", "base", "versions.torch", "training.extra.x"]
+)
 def test_a_name_that_something_has_may_be_given(name: str) -> None:
     check_names([name])
 
@@ -145,6 +147,9 @@ def test_a_name_that_something_has_may_be_given(name: str) -> None:
 def test_a_name_that_nothing_has_is_refused_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match="nothing is called 'learning_rat'; did you mean learning_rate"):
         check_names(["data", "learning_rat"])
+    for misspelt, meant in (("versions.torhc", "versions.torch"), ("data.rosw", "data.rows")):
+        with pytest.raises(RecipeError, match=f"nothing is called '{misspelt}'; did you mean {meant}"):
+            check_names([misspelt])
     with pytest.raises(RecipeError, match="nothing is called 'zzz'; name a key of the recipe, or one of data"):
         check_names(["zzz"])
 

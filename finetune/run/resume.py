@@ -21,6 +21,7 @@ from finetune.privacy import mask
 from finetune.recipe import fields
 from finetune.registry import nearest
 from finetune.run.folder import RunFolder, read_json
+from finetune.run.record import STACK
 
 # Keys that leave the weights alone, or whose effect is compared by its own hash: rows, base, processes, device.
 _NEUTRAL = re.compile(
@@ -143,8 +144,11 @@ def check_names(names: Sequence[str]) -> None:
     """
     keys = [re.sub(r"\[\]", "", key) for key in fields.known_keys()]
     known = {*keys, *(key.rsplit(".", 1)[-1] for key in keys), *fields.sections(), *_FOUND} - {""}
+    known |= {"data.rows", "data.validation_rows", *(f"versions.{name}" for name in ("python", "finetune", *STACK))}
     for name in names:
-        if name not in known and not name.startswith(("versions.", "base.", "derived.", "training.extra.", "data.")):
+        plain = re.sub(r"\[\d+\]", "", name)
+        above = any(key.startswith(f"{plain}.") for key in known)
+        if plain not in known and not above and not name.startswith(("base.", "derived.", "training.extra.")):
             near = nearest(name, sorted(known), 1)
             hint = f"did you mean {near[0]}?" if near else "name a key of the recipe, or one of " + ", ".join(_FOUND)
             raise RecipeError(f"--allow-drift: nothing is called {name!r}; {hint}")
