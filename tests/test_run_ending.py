@@ -23,6 +23,11 @@ from finetune.run.folder import RunFolder
         ),
         (RuntimeError("Timed out waiting 20000ms for recv"), ExitCode.HANG, "within launch.timeout"),
         (RuntimeError("Read error: Connection reset by peer"), ExitCode.HANG, "another process of this run died"),
+        (
+            RuntimeError("[/x/gloo/tcp/pair.cc:553] Connection closed by peer [::1]:9. This is typically caused by"),
+            ExitCode.HANG,
+            "launch.timeout: Connection closed by peer [::1]:9; its own messages",
+        ),
         (DiskError("no space"), ExitCode.DISK, "no space"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -37,10 +38,16 @@ def as_fault(error: BaseException, remedies: Callable[[], Iterable[str]] = tuple
         return HardwareError("\n".join(lines))
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SILENT_PEER):
         return HangError(
-            f"another process of this run died, or did not answer within launch.timeout: {str(error).splitlines()[0]}; "
+            f"another process of this run died, or did not answer within launch.timeout: {_peer_words(error)}; "
             "its own messages say why. The same command continues from the last checkpoint"
         )
     return error
+
+
+def _peer_words(error: BaseException) -> str:
+    """What gloo or NCCL says in its first line, without the place in its source and general advice."""
+    first = str(error).splitlines()[0].partition(". This is typically")[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", first)
 
 
 def with_blame(fault: BaseException, blame: Callable[[], FinetuneError | str]) -> BaseException:
