@@ -203,6 +203,7 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException], earl
     from finetune.run import ranks
     from finetune.run.ending import code_and_reason, leave_word, with_blame
     from finetune.run.pulse import Pulse
+    from finetune.run.shared_folder import refuse_unshared
     from finetune.run.track import Trackers
 
     loaded, trainer, launched, say = ready.loaded, ready.trainer, ready.launched, ready.say
@@ -220,6 +221,7 @@ def _run(ready: Ready, explained: Callable[[BaseException], BaseException], earl
     facts: dict[str, Any] = {}
     together = False  # whether all ranks end alike, so that they can wait for rank 0's last words
     try:
+        refuse_unshared(launched, folder.record, loaded.recipe.launch.timeout)
         if launched.is_main:
             pulse.start()
             trackers = Trackers.start(loaded.recipe.tracking, folder.root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -135,10 +136,17 @@ def test_a_pulse_is_one_small_file_and_a_disk_that_fails_does_not_end_it(
 
 
 def test_a_run_has_a_pulse_and_says_on_which_machine_it_is(lab: Lab) -> None:
-    lab.train().ok()
+    child = lab.warm.start(
+        "train", lab.recipe({"training.max_steps": 10**5, "training.num_train_epochs": 10**6}), cwd=lab.folder
+    )
+    child.wait_for("step 1/")
     assert int((lab / "run/pulse").read_text()) >= 1
     assert read_json(lab / "run/run.json")["machine"] == machine()
+    child.send_signal(signal.SIGKILL)
+    child.wait(60)
+    assert (lab / "run/pulse").exists()
     lab.train({"training.learning_rate": 0.02}, "--overwrite").ok()  # a pulse is a run's own, and no foreign file
+    assert not (lab / "run/pulse").exists(), "it has ended"
     assert json.loads((lab / "run/exit.json").read_text())["exit_code"] == 0
 
 

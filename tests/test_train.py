@@ -110,8 +110,8 @@ def test_the_record_says_what_the_run_was_made_of(done: tuple[Lab, Outcome]) -> 
     lab, _ = done
     record = json.loads((lab / "run/run.json").read_text())
     assert set(record) == {
-        "created", "command", "working_folder", "pid", "host", "versions", "git", "recipe", "recipe_hash", "base",
-        "method", "adapter", "trained_parameters", "seed", "date", "data", "world_size", "hardware", "made_of",
+        "created", "command", "working_folder", "pid", "host", "machine", "versions", "git", "recipe", "recipe_hash",
+        "base", "method", "adapter", "trained_parameters", "seed", "date", "data", "world_size", "hardware", "made_of",
     }  # fmt: skip
     assert record["recipe_hash"] == load_recipe(lab / "recipe.yaml").hash()
     assert record["base"]["sha256"].keys() == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from tiny import Lab, chats, write_rows
 from warm import Outcome
 
+from finetune.errors import ExitCode
 from finetune.files import manifest_faults
 
 TEN_STEPS = {
@@ -114,6 +116,19 @@ def test_a_global_batch_that_ranks_cannot_share_is_refused(lab: Lab) -> None:
         assert outcome.returncode == 2
         assert "training.global_batch_size: 3 rows cannot be shared evenly by 2 processes" in outcome.stderr
     assert not (lab / "run").exists()
+
+
+def test_a_run_folder_that_another_host_does_not_see_is_refused_before_the_first_step(lab: Lab) -> None:
+    outcomes = lab.warm.ranks(
+        2, lab.recipe({"launch.timeout": 6}), cwd=lab.folder, entry="another_disk:train",
+        env={"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])},
+    )  # fmt: skip
+    assert [one.returncode for one in outcomes] == [ExitCode.REFUSED] * 2
+    assert re.search(
+        r"output_dir: what rank 0 writes into run is not there for rank 1 on \S+, which", outcomes[0].stderr
+    )
+    assert not (lab / "run/metrics.jsonl").exists()
+    assert lab.ended()["exit_code"] == ExitCode.REFUSED
 
 
 def test_a_loss_that_is_no_number_on_one_rank_ends_all(lab: Lab) -> None:

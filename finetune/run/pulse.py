@@ -52,10 +52,14 @@ class Pulse:
         self._thread.start()
 
     def stop(self) -> None:
-        """End it; a disk that does not answer is not waited for."""
+        """End it, and leave no number of a run that has ended; a disk that does not answer is not waited for."""
         self._over.set()
-        if self._thread.ident is not None:
-            self._thread.join(_LOOK)
+        if self._thread.ident is None:
+            return
+        self._thread.join(_LOOK)
+        if not self._thread.is_alive():
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
