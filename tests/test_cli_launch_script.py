@@ -110,7 +110,7 @@ def test_a_kubernetes_pod_ends_with_what_a_process_told(
 @pytest.mark.slow
 def test_a_kubernetes_pod_whose_rows_are_broken_ends_with_3(lab: Lab, cli: Callable[..., Outcome]) -> None:
     (lab / "rows.jsonl").write_text("no json\n")
-    recipe = lab.recipe({"data.train": "rows.jsonl", "data.validation": []})
+    recipe = lab.recipe({"data.train": "rows.jsonl", "data.validation": [], "launch.device": None})
     printed = cli("launch-script", recipe, "--for", "kubernetes", "--gpus", "2", cwd=lab.folder).ok().stdout
     text = container_script(printed).replace("run-node-0-0.run", "127.0.0.1").replace("29500", str(free_port()))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -168,7 +168,7 @@ def test_unknown_extra_arguments_are_all_named_with_the_nearest() -> None:
                 "adam_beta_1": 0.5,
                 "qqqq": 1,
                 "adam_beta1": 0.5,
-                "label_smoothing_factor": 0.1,
+                "length_column_name": "n",
                 "train_sampling_strategy": "sequential",
                 "log_level_replica": "loud",
                 "dataloader_multiprocessing_context": None,
@@ -179,7 +179,7 @@ def test_unknown_extra_arguments_are_all_named_with_the_nearest() -> None:
     assert lines == [
         "training.extra.adam_beta_1: SFTConfig has no such argument; did you mean adam_beta1?",
         "training.extra.qqqq: SFTConfig has no such argument",
-        f"training.extra.label_smoothing_factor: {ignored}",
+        f"training.extra.length_column_name: {ignored}",
         f"training.extra.train_sampling_strategy: {ignored}",
         "training.extra.log_level_replica: 'loud' is none of detail, debug, info, warning, error, critical, passive",
     ]

@@ -121,7 +121,14 @@ class Case:
         """
         asked = {"launch.num_processes": self.processes if self.processes > 1 else None, "launch.device": None}
         loaded = load_recipe(lab / lab.recipe({**asked, **self.changes}), overrides)
-        world = {"WORLD_SIZE": str(loaded.recipe.launch.num_processes or self.processes), "RANK": "0"}
+        count = loaded.recipe.launch.num_processes or self.processes
+        world = {
+            "WORLD_SIZE": str(count),
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "1",
+        }
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {**world, **self.variables}.items():
                 patch.setenv(name, value)

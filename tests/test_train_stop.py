@@ -44,7 +44,7 @@ def checkpoints(lab: Lab) -> list[Path]:
     """The checkpoints of the run, oldest first; anything else beside them fails the test."""
     found = list((lab / "run/checkpoints").iterdir())
     assert [path.name for path in found if not path.name.startswith("checkpoint-")] == []
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted((path for path in found if path.suffix != ".aside"), key=lambda path: int(path.name.split("-")[1]))
 
 
 def reach(lab: Lab, step: int) -> Child:
@@ -136,6 +136,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(lab: Lab, undisturbed: La
     again = lab.train(CHANGES).ok()
     assert f"passed over {newest.name}: state.safetensors differs from its hash" in again.stderr
     assert f"from {before.relative_to(lab.folder)}" in again.stderr
+    assert f"{newest.name} is called {newest.name}.aside now" in again.stderr
+    assert (newest.with_name(f"{newest.name}.aside") / "state.safetensors").read_bytes() == content
     assert same(lab, undisturbed)
     assert [manifest_faults(path) for path in checkpoints(lab)] == [[], []]
 

@@ -28,11 +28,11 @@ _WITHOUT_EFFECT = frozenset({
     "average_tokens_across_devices", "batch_eval_metrics", "dataloader_drop_last", "dataloader_in_order",
     "disable_tqdm", "do_predict", "enable_jit_checkpoint", "eval_accumulation_steps", "eval_do_concat_batches",
     "eval_use_gather_object", "greater_is_better", "hub_always_push", "hub_revision", "ignore_data_skip",
-    "include_for_metrics", "label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config",
+    "include_for_metrics", "label_names", "length_column_name", "liger_kernel_config",
     "log_on_each_node", "logging_nan_inf_filter", "loss_type", "metric_for_best_model", "pad_to_multiple_of",
     "prediction_loss_only", "restore_callback_states_from_checkpoint", "router_aux_loss_coef", "save_on_each_node",
     "save_only_model", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "train_sampling_strategy",
-    "use_cache", "use_liger_kernel",
+    "use_cache",
 })  # fmt: skip
 NEVER = 10**9  # a step that no run reaches: the final checkpoint is written whatever save_steps says
 
