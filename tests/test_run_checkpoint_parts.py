@@ -251,7 +251,8 @@ def test_a_state_that_goes_by_another_key_is_kept_for_the_same_processes_only(la
     assert product(lab, "run") == product(lab, "whole")
 
 
-@pytest.mark.parametrize("mode", ["zero2", pytest.param("zero3", marks=SLOW), pytest.param("fsdp2", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["zero2", "zero3", "fsdp2"])
 def test_an_accepted_learning_rate_is_the_one_that_trains_parts(lab: Lab, mode: str) -> None:
     short = {"training.max_steps": 12}
     faster = {**short, "training.learning_rate": 2e-3}

@@ -218,7 +218,7 @@ _ADAPTERS = st.sampled_from((
 ))  # fmt: skip
 
 
-@hypothesis.settings(max_examples=60, suppress_health_check=[hypothesis.HealthCheck.filter_too_much])
+@hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.filter_too_much])
 @hypothesis.given(
     adapter=_ADAPTERS,
     config=_MULTI,

@@ -120,6 +120,7 @@ def test_weights_in_parts_train_packed_rows_as_one_process_does(lab: Lab) -> Non
     assert json.loads(merged.stdout)
 
 
+@pytest.mark.slow
 def test_optimizer_state_and_gradients_in_parts_train_as_one_process_does(lab: Lab) -> None:
     alone(lab, {})
     for mode in ("zero1", "zero2"):

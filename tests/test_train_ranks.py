@@ -63,6 +63,7 @@ def test_two_ranks_train_as_one_process_does(lab: Lab, variable: dict[str, str])
     assert json.loads((lab / "two/run.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_two_ranks_accumulate_as_one_process_does(lab: Lab) -> None:
     changes = {"training.global_batch_size": 8, "training.max_steps": 2, "training.learning_rate": 1e-3}
     lab.train({**changes, "output_dir": "one"}).ok()
@@ -71,6 +72,7 @@ def test_two_ranks_accumulate_as_one_process_does(lab: Lab) -> None:
     assert lab.losses("two") == pytest.approx(lab.losses("one"), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_ranks_train_every_weight_of_the_base_alike(lab: Lab) -> None:
     changes = {"adapter": {"method": "none"}, "training.learning_rate": 1e-4}
     lab.train({**changes, "output_dir": "one"}).ok()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -91,6 +92,7 @@ def test_a_rank_that_is_stopped_while_it_loads_is_named_woken_and_ended(lab: Lab
     assert "most recent call first" in (lab / "run/hang/rank-1.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_loads_for_longer_than_the_timeout_is_left_alone(lab: Lab) -> None:
     for child in begun(lab, "finetune.model.build.build", 1, "time.sleep(8)"):
         child.wait(90).ok()
@@ -104,6 +106,7 @@ def test_a_rank_in_its_first_step_has_longer(lab: Lab) -> None:
         child.wait(90).ok()
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_named_by_one_that_is_at_its_own_work(lab: Lab) -> None:
     first, second = begun(lab, "finetune.run.trainer.Trainer.training_step", 0, "time.sleep(600)", 600)
     first.wait_for("grief")
@@ -118,7 +121,7 @@ def test_a_rank_that_lets_no_thread_run_is_named_with_its_stack(lab: Lab) -> Non
     first, second = begun(lab, "finetune.run.trainer.Trainer.training_step", 1, what)
     assert first.wait(60).returncode == ExitCode.HANG
     assert second.wait(60).returncode == -signal.SIGKILL
-    assert "rank 1: it has been silent" in lab.ended()["reason"]
+    assert re.search(r"\brank 1: it has (been silent|done nothing)", lab.ended()["reason"]), lab.ended()
     report = (lab / "run/hang/rank-1.txt").read_text()
     assert "this is rank 1: last step" in report
     assert "in replaced" in report
