@@ -1,9 +1,9 @@
-"""The command line in a process that runs out of memory in the middle of a step.
+"""The command line in a process that runs out of memory in the middle of a step, or on a host with little of it.
 
     warm.run("train", "recipe.yaml", entry="short_of_memory:main", env={"SHORTAGE": "device:3:0"})
 
-SHORTAGE is kind:step:rank. `device` raises what an accelerator's allocator raises; `host` limits the address space of
-the process to what it has, and asks torch's allocator for more.
+SHORTAGE is kind:step:rank; LEFT is what the host has left, in bytes. `device` raises what an accelerator's allocator
+raises; `host` limits the address space of the process to what it has, and asks torch's allocator for more.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ def _short(kind: str) -> None:
     torch.empty(MORE, dtype=torch.uint8)
 
 
-def _with_shortage(story: Any, argv: list[str]) -> int:
+def _fall_short() -> None:
+    """In a step, as SHORTAGE says, or before anything is loaded, with LEFT bytes of the host's memory left."""
+    if left := os.environ.get("LEFT"):
+        from finetune.plan import hardware
+
+        hardware.memory_left = lambda: int(left)
+    if not (shortage := os.environ.get("SHORTAGE")):
+        return
     from finetune.run.trainer import Trainer
 
-    kind, step, rank = os.environ["SHORTAGE"].split(":")
+    kind, step, rank = shortage.split(":")
     original = Trainer.compute_loss
 
     def compute_loss(self: Any, *given: Any, **named: Any) -> Any:
@@ -38,42 +45,19 @@ def _with_shortage(story: Any, argv: list[str]) -> int:
         return original(self, *given, **named)
 
     Trainer.compute_loss = compute_loss  # type: ignore[method-assign]
-    code: int = story(argv)
-    return code
 
 
 def main(argv: list[str]) -> int:
     """By the command line."""
     from finetune.cli.main import main as story
 
-    return _with_shortage(story, argv)
+    _fall_short()
+    return story(argv)
 
 
 def train(argv: list[str]) -> int:
     """By the door of launchers."""
     from finetune.train import main as story
 
-    return _with_shortage(story, argv)
-
-
-def _with_little_left(story: Any, argv: list[str]) -> int:
-    """On a host with LEFT bytes of memory left."""
-    from finetune.plan import hardware
-
-    hardware.memory_left = lambda: int(os.environ["LEFT"])
-    code: int = story(argv)
-    return code
-
-
-def little(argv: list[str]) -> int:
-    """By the command line."""
-    from finetune.cli.main import main as story
-
-    return _with_little_left(story, argv)
-
-
-def train_with_little(argv: list[str]) -> int:
-    """By the door of launchers."""
-    from finetune.train import main as story
-
-    return _with_little_left(story, argv)
+    _fall_short()
+    return story(argv)

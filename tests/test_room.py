@@ -105,20 +105,20 @@ def test_a_process_without_room_for_its_base_says_what_takes_less(
     lab: Lab, changes: Mapping[str, Any], advice: str
 ) -> None:
     needed = 4 * parameters(halved(lab))
-    refused = lab.train(changes, entry="short_of_memory:little", env={"LEFT": str(needed - 1)})
+    refused = lab.train(changes, entry="short_of_memory:main", env={"LEFT": str(needed - 1)})
     assert refused.returncode == ExitCode.ENVIRONMENT
     assert "model.name_or_path: the process loads chatml in float32, a copy of files in bfloat16: " in refused.stderr
     assert advice in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (lab / "run").exists()
-    lab.train({**changes, "training.max_steps": 1}, entry="short_of_memory:little", env={"LEFT": str(needed)}).ok()
+    lab.train({**changes, "training.max_steps": 1}, entry="short_of_memory:main", env={"LEFT": str(needed)}).ok()
 
 
 def test_nothing_is_told_that_the_checks_before_a_launch_would_refuse(lab: Lab) -> None:
     needed = 4 * parameters(halved(lab, dtype=torch.float16))
     changes = {"launch.config": "zero2", "launch.num_processes": 2, "adapter.init_lora_weights": "pissa"}
     refused = lab.warm.ranks(
-        2, lab.recipe(changes), cwd=lab.folder, entry="short_of_memory:train_with_little",
+        2, lab.recipe(changes), cwd=lab.folder, entry="short_of_memory:train",
         env={"LEFT": str(2 * needed - 1)},
     )  # fmt: skip
     assert "GB left; start at most 1 on this host; or take a host with more memory" in refused[0].stderr
@@ -128,13 +128,13 @@ def test_ranks_of_a_host_need_room_for_all_of_them_and_all_say_the_same_code(lab
     needed = 4 * parameters(halved(lab))
     changes = {"training.max_steps": 1}
     refused = lab.warm.ranks(
-        2, lab.recipe(changes), cwd=lab.folder, entry="short_of_memory:train_with_little",
+        2, lab.recipe(changes), cwd=lab.folder, entry="short_of_memory:train",
         env={"LEFT": str(2 * needed - 1)},
     )  # fmt: skip
     assert [one.returncode for one in refused] == [ExitCode.ENVIRONMENT] * 2
     assert "each of the 2 processes of this host loads chatml in float32" in refused[0].stderr
     assert "start at most 1 on this host" in refused[0].stderr
-    lab.train({**changes, "model.dtype": "bfloat16"}, entry="short_of_memory:little", env={"LEFT": "0"}).ok()
+    lab.train({**changes, "model.dtype": "bfloat16"}, entry="short_of_memory:main", env={"LEFT": "0"}).ok()
 
 
 def test_what_is_left_is_what_the_system_says() -> None:

@@ -78,7 +78,7 @@ def test_what_an_accelerate_file_says_in_vain_is_refused(
             '{"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}}',
             "offload_optimizer: devise: DeepSpeed reads no such key; write device",
         ),
-        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage: written twice"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "the key 'stage' twice in one object"),
     ],
 )
 def test_what_a_deepspeed_file_says_in_vain_is_refused(configs: Path, tmp_path: Path, text: str, said: str) -> None:

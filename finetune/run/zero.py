@@ -13,9 +13,9 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.recipe.sections import TrainingOptions
 from finetune.run.batch import BatchShape
-from finetune.run.launcher_file import read_json
 from finetune.run.launcher_keys import deepspeed_faults
 from finetune.run.launcher_values import one_of, whole
+from finetune.strict_json import loads
 
 # Values of a DeepSpeed configuration that a recipe decides, with the key that does.
 _DECIDED = {
@@ -60,7 +60,7 @@ def read_file(file: str, named_in: Path, configs: Path) -> dict[str, Any]:
     if path is None:
         raise RecipeError(f"{named_in}: deepspeed_config_file: {file} does not exist; name it by its full path")
     try:
-        found = read_json(path)
+        found = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: is no DeepSpeed configuration: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("zero_optimization"), dict):
